@@ -1,0 +1,247 @@
+"""Corpora: token files, tokenizers and batches.
+
+A corpus is a folder with train.bin and val.bin (token ids, uint16, or uint32 where there are more than 65,536) and
+meta.json (tokenizer, vocabulary size, token counts, hashes). `CorpusWriter` makes one, `Corpus` reads it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from config import UserError
+
+FOLDER = Path(__file__).parent  # a corpus "name" lies in data/name
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Opens a file to write bytes to that gets the name `path` only when all of it is on the disk; on an error what was
+    at `path` stays as it was."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # so that the new name, too, outlives a power cut
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+class Tokenizer:
+    """Text to ids and back. `spec` says which, is kept in meta.json and in checkpoints, and is one of
+
+        {"kind": "bytes"}                 UTF-8 bytes, 256 ids; a zero byte ends a document
+        {"kind": "char", "chars": "..."}  the characters of one corpus, in the order of their ids; "\\0" ends a document
+        {"kind": "gpt2"}                  GPT-2's BPE (tiktoken), 50,257 ids; <|endoftext|> ends a document
+    """
+
+    def __init__(self, spec: dict):
+        self.spec, self.kind = spec, spec.get("kind")
+        if self.kind == "bytes":
+            self.vocab_size, self.end_of_text = 256, 0
+        elif self.kind == "char":
+            self.chars = spec["chars"]
+            self.vocab_size = len(self.chars)
+            self.end_of_text = self.chars.index("\0") if "\0" in self.chars else None
+            codes = np.array([ord(c) for c in self.chars])
+            self.ids = np.full(codes.max(initial=0) + 2, -1)  # id of each code point, -1: none
+            self.ids[codes] = np.arange(len(codes))
+        elif self.kind == "gpt2":
+            self.bpe = _gpt2()
+            self.vocab_size, self.end_of_text = self.bpe.n_vocab, self.bpe.eot_token
+        else:
+            raise UserError(f"unknown tokenizer {self.kind!r}; known: bytes, char, gpt2")
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Ids of a text (for bytes of UTF-8 likewise), (T,). A character that the corpus lacks is a UserError."""
+        if self.kind == "bytes":
+            return np.frombuffer(text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text, np.uint8)
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        if self.kind == "gpt2":
+            return np.array(self.bpe.encode_ordinary(text), dtype=np.uint16)
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        ids = self.ids[np.minimum(codes, len(self.ids) - 1)]
+        if (ids < 0).any():
+            unknown = text[int(np.argmax(ids < 0))]
+            raise UserError(f"character {unknown!r} is not among the {self.vocab_size} of this character tokenizer")
+        return ids
+
+    def decode_bytes(self, ids) -> bytes:
+        """The UTF-8 of some ids. One id may hold a part of a character, so decode a stream incrementally."""
+        if self.kind == "bytes":
+            return bytes(ids)
+        if self.kind == "gpt2":
+            return self.bpe.decode_bytes(ids)
+        return "".join(self.chars[i] for i in ids).encode("utf-8", "surrogatepass")
+
+    def decode(self, ids) -> str:
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+
+def _gpt2():
+    import tiktoken
+
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # requests' errors, or a cached file that does not match its hash
+        raise UserError(f"cannot load GPT-2's BPE ({type(error).__name__}): tiktoken fetches its files (1.5 MB) once; without a "
+                        "network, set TIKTOKEN_CACHE_DIR to a folder that has them") from None
+
+
+class CorpusWriter:
+    """Writes a corpus as a stream, in memory that does not grow:
+
+        with CorpusWriter(folder, tokenizer, source="...") as corpus:
+            corpus.write("train", ids)
+
+    The files get their names at the end, meta.json last; after an error everything is as it was before.
+    """
+
+    def __init__(self, folder, tokenizer: Tokenizer, source: str):
+        self.folder, self.tokenizer, self.source = Path(folder), tokenizer, source
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+        self.counts = {"train": 0, "val": 0}
+        self.hashes = {split: hashlib.sha256() for split in self.counts}
+
+    def __enter__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.files = {split: open(self.folder / f".{split}.bin.tmp", "wb") for split in self.counts}
+        return self
+
+    def write(self, split: str, ids: np.ndarray):
+        raw = np.asarray(ids).astype(self.dtype).tobytes()
+        self.files[split].write(raw)
+        self.hashes[split].update(raw)
+        self.counts[split] += len(ids)
+
+    def __exit__(self, kind, error, trace):
+        try:
+            for f in self.files.values():
+                f.flush()
+                os.fsync(f.fileno())
+            if kind is None:
+                (self.folder / "meta.json").unlink(missing_ok=True)  # from here to the last line there is no corpus
+                for f in self.files.values():
+                    os.replace(f.name, self.folder / Path(f.name).name[1:-4])
+                meta = {"tokenizer": self.tokenizer.spec, "vocab_size": self.tokenizer.vocab_size, "dtype": self.dtype.name,
+                        "tokens": self.counts, "sha256": {split: h.hexdigest() for split, h in self.hashes.items()},
+                        "source": self.source}
+                with atomic_write(self.folder / "meta.json") as f:
+                    f.write(json.dumps(meta, indent=1).encode())
+        finally:
+            for f in self.files.values():
+                with contextlib.suppress(OSError):
+                    f.close()
+                Path(f.name).unlink(missing_ok=True)
+
+
+class Corpus:
+    """A prepared corpus, its files checked against meta.json."""
+
+    def __init__(self, folder):
+        self.folder = folder = Path(folder)
+        again = f"prepare the corpus again (data/{folder.name}/prepare.py, or data/text/prepare.py for your own text)"
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+            self.tokenizer, self.vocab_size = meta["tokenizer"], meta["vocab_size"]
+            self.dtype, self.tokens, self.sha256 = np.dtype(meta["dtype"]), meta["tokens"], meta["sha256"]
+        except FileNotFoundError:
+            raise UserError(f"no corpus in {folder} (no meta.json there): {again}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder / 'meta.json'} is damaged ({type(error).__name__}: {error}): {again}") from None
+        self.files = {}
+        for split in ("train", "val"):
+            path = folder / f"{split}.bin"
+            if not path.is_file():
+                raise UserError(f"{path} is missing: {again}")
+            expected = self.tokens[split] * self.dtype.itemsize
+            if path.stat().st_size != expected:
+                raise UserError(f"{path} has {path.stat().st_size:,} bytes, meta.json says {expected:,}: {again}")
+            self.files[split] = open(path, "rb", buffering=0)  # held open: it stays the same file if prepared anew
+
+    def windows(self, split: str, starts, block_size: int) -> np.ndarray:
+        """The block_size + 1 tokens from each of `starts` on, (len(starts), block_size + 1) int64.
+
+        They are read with plain reads and not through a memory map, whose pages would count as this process's memory.
+        """
+        rows = np.empty((len(starts), block_size + 1), self.dtype)
+        for row, start in zip(rows, starts):
+            self.files[split].seek(int(start) * self.dtype.itemsize)
+            if self.files[split].readinto(row) != row.nbytes:
+                raise UserError(f"{self.folder / split}.bin became shorter while it was read")
+        if rows.max(initial=0) >= self.vocab_size:
+            raise UserError(f"{self.folder / split}.bin has token id {rows.max()}, but meta.json says vocab_size={self.vocab_size}")
+        return rows.astype(np.int64)
+
+
+class TrainBatches:
+    """The training batches, a pure function of (seed, step): each epoch covers every window of block_size tokens once,
+    in a shuffled order, from an offset drawn anew. Nothing needs saving to go on from any step, and the processes of a
+    run share out the same sequences, however many they are."""
+
+    def __init__(self, corpus: Corpus, block_size: int, batch_size: int, seed: int):
+        n_tokens = corpus.tokens["train"]
+        if n_tokens < block_size + 1:
+            raise UserError(f"{corpus.folder}/train.bin has {n_tokens:,} tokens, too few for one window of block_size={block_size} "
+                            "and the token after it: lower --block_size or add text")
+        self.corpus, self.block_size, self.batch_size, self.seed = corpus, block_size, batch_size, seed
+        # leaving out one window's tokens leaves room for an offset of up to a window and more
+        self.n_windows = max(1, (n_tokens - block_size) // block_size)
+        self.n_offsets = n_tokens - self.n_windows * block_size
+        self.epoch = None
+
+    def start_epoch(self, epoch: int):
+        random = np.random.RandomState([self.seed, epoch])  # unlike numpy's newer generators its numbers never change
+        self.epoch, self.offset = epoch, random.randint(self.n_offsets)
+        self.order = np.arange(self.n_windows, dtype=np.uint32)
+        random.shuffle(self.order)
+
+    def __call__(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
+        """This process's share of the sequences of a step, (batch_size / world_size, block_size + 1) int64."""
+        share = self.batch_size // world_size
+        first = step * self.batch_size + rank * share
+        starts = []
+        for sequence in range(first, first + share):
+            epoch, place = divmod(sequence, self.n_windows)
+            if epoch != self.epoch:
+                self.start_epoch(epoch)
+            starts.append(self.offset + int(self.order[place]) * self.block_size)
+        return self.corpus.windows("train", starts, self.block_size)
+
+
+def val_starts(corpus: Corpus, block_size: int, eval_tokens: int) -> np.ndarray:
+    """Where the validation windows start: side by side from the start of val.bin, at most eval_tokens (0: all) in all."""
+    n_tokens = corpus.tokens["val"]
+    if n_tokens < block_size + 1:
+        raise UserError(f"{corpus.folder}/val.bin has {n_tokens:,} tokens, too few for one window of block_size={block_size} "
+                        "and the token after it: lower --block_size or prepare with a larger --val_fraction")
+    n = (n_tokens - 1) // block_size
+    return np.arange(max(1, min(n, eval_tokens // block_size)) if eval_tokens else n) * block_size
+
+
+class Progress:
+    """One line on the terminal that says how much is done, how fast, and how long the rest will take."""
+
+    def __init__(self, total: int, unit: float = 1e6, name: str = "MB"):
+        self.total, self.unit, self.name, self.start, self.shown = total, unit, name, time.time(), 0.0
+
+    def __call__(self, done: int):
+        now = time.time()
+        if now - self.shown < (1 if sys.stderr.isatty() else 30) and done < self.total:
+            return
+        self.shown, seconds = now, max(now - self.start, 1e-9)
+        left = (self.total - done) * seconds / max(done, 1)
+        print(f"{done / self.unit:,.1f} of {self.total / self.unit:,.1f} {self.name}, {done / self.unit / seconds:,.1f} {self.name}/s, "
+              f"{left:,.0f} s left", end="\r" if sys.stderr.isatty() and done < self.total else "\n", file=sys.stderr)

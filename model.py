@@ -1,0 +1,362 @@
+"""A GPT with KV-shifting attention, in one file.
+
+The architecture is Llama's, as in the paper (arXiv 2411.19574): RMSNorm before each block, SwiGLU, rotary positions,
+grouped-query attention, no biases. What is new is `KVShift`, a page below: keys and values are mixed with the previous
+token's by one learned scalar per head, so that one layer of attention can be an induction head.
+
+Letters in the shape comments: B sequences in a batch, T tokens in a sequence, C = n_embd, H = n_head, K = n_kv_head,
+D = C / H dimensions in a head, W = shift_window, V = vocab_size.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 256  # context: the most tokens that the model sees at once
+    vocab_size: int = 0  # token ids; 0: as many as the corpus has (train.py)
+    n_layer: int = 6  # blocks
+    n_head: int = 6  # query heads in a block
+    n_kv_head: int = 0  # key/value heads, each shared by n_head / n_kv_head query heads; 0: n_head
+    n_embd: int = 384  # width
+    ffn_size: int = 0  # hidden width of the SwiGLU; 0: 8/3 n_embd, rounded up to a multiple of 32
+    rope_base: float = 100_000.0  # base of the rotary frequencies (100,000 in the paper)
+    dropout: float = 0.0  # on the embeddings, the attention weights and what each half-block adds
+    tie_embeddings: bool = True  # one matrix for reading and for predicting tokens
+    kv_shift: Literal["none", "kv", "k", "v", "qkv"] = "kv"  # projections mixed with earlier tokens; kv is the paper's
+    shift_window: int = 2  # how many tokens a mix reaches over, its own included (2 in the paper)
+    shift_weights: Literal["free", "gate", "clamp"] = "free"  # free scalars | softmax over the window | held in [0, 1]
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.ffn_size = self.ffn_size or -(-8 * self.n_embd // (3 * 32)) * 32
+        for name in ("block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.vocab_size < 0:
+            raise ValueError(f"vocab_size={self.vocab_size} must not be negative")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd={self.n_embd} must be divisible by 2 * n_head={2 * self.n_head}: "
+                             "rotary positions turn pairs of each head's dimensions")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} must be divisible by n_kv_head={self.n_kv_head}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if self.rope_base <= 1:
+            raise ValueError(f"rope_base={self.rope_base} must be above 1")
+        if not 2 <= self.shift_window <= max(2, self.block_size):
+            raise ValueError(f"shift_window={self.shift_window} must be at least 2 and at most block_size={self.block_size}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table: tensor cores want a multiple of 64. The added rows are never predicted."""
+        return -(-self.vocab_size // 64) * 64
+
+
+class KVShift(nn.Module):
+    """Mixes each token's keys and values with those of the W - 1 tokens before it, head by head (the paper's Eqs 4-6):
+
+        K^_t = alpha_1 K_t + alpha_2 K_{t-1}        V^_t = beta_1 V_t + beta_2 V_{t-1}        (W = 2)
+
+    What lies before the first token is zero. The weights are scalars, one set for each key/value head: alpha for the
+    keys and beta for the values, both (W, K), row i for the token i places back; gamma (W, H) for the queries if
+    kv_shift is "qkv". With alpha = (0, 1) and beta = (1, 0) the key at t is that of token t-1 and the value that of
+    token t: a query for "A" finds the place whose PREVIOUS token was "A" and reads what followed it.
+
+    shift_weights: "free" uses the scalars as they are; "clamp" holds them in [0, 1] when used; "gate" makes them a
+    softmax over the window, the last token's logit being 0 and not stored: (sigmoid(a), 1 - sigmoid(a)) for W = 2.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        H, K, D = config.n_head, config.n_kv_head, config.head_dim
+        self.kind, self.window, self.head_dim = config.shift_weights, config.shift_window, D
+        rows = self.window - 1 if self.kind == "gate" else self.window
+        self.gamma = nn.Parameter(torch.empty(rows, H)) if config.kv_shift == "qkv" else None
+        self.alpha = nn.Parameter(torch.empty(rows, K)) if "k" in config.kv_shift else None
+        self.beta = nn.Parameter(torch.empty(rows, K)) if "v" in config.kv_shift else None
+        # q, k and v lie side by side in one tensor, and what is mixed is one run of its channels
+        first = {"k": H, "v": H + K, "kv": H, "qkv": 0}[config.kv_shift] * D
+        last = {"k": H + K, "v": H + 2 * K, "kv": H + 2 * K, "qkv": H + 2 * K}[config.kv_shift] * D
+        self.channels = slice(first, last)
+
+    def weights(self) -> torch.Tensor:
+        """The weights as they are used, (W, mixed heads): the queries' heads, the keys', then the values'."""
+        w = torch.cat([p for p in (self.gamma, self.alpha, self.beta) if p is not None], dim=1)
+        if self.kind == "gate":
+            return F.pad(w, (0, 0, 0, 1)).softmax(dim=0)
+        return w.clamp(0, 1) if self.kind == "clamp" else w
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, W - 1 + T, mixed channels), the W - 1 rows before the first token in front -> (B, T, mixed channels)."""
+        W, T = self.window, x.size(1) - self.window + 1
+        w = self.weights().to(x.dtype).repeat_interleave(self.head_dim, dim=1)  # (W, mixed channels)
+        y = w[0] * x[:, W - 1 :]
+        for i in range(1, W):
+            y = torch.addcmul(y, w[i], x[:, W - 1 - i : W - 1 - i + T])
+        return y
+
+
+@dataclass
+class Cache:
+    """What decoding keeps of the tokens read so far: made by `GPT.new_cache`, passed to `GPT.forward`, moved on by it.
+
+    Keys and values are kept as attention uses them, mixed and rotated. The next token's mix also needs the RAW rows
+    before it, of the last W - 1 tokens: a cache of mixed rows alone would make the next token wrong.
+    """
+
+    k: torch.Tensor  # (n_layer, B, K, max_length, D), mixed and rotated
+    v: torch.Tensor  # (n_layer, B, K, max_length, D), mixed
+    raw: torch.Tensor  # (n_layer, B, W - 1, mixed channels), zeros before the first token
+    length: int = 0  # tokens read so far
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions: turns dimensions d and d + D/2 of x (B, T, heads, D) by the angles of cos, sin (T, 1, D)."""
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer, self.dropout = layer, config.dropout
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.shift = KVShift(config) if config.kv_shift != "none" else None
+
+    def forward(self, x, cos, sin, cache: Cache | None = None):
+        B, T, C = x.shape
+        H, K, D = self.n_head, self.n_kv_head, self.head_dim
+        qkv = self.qkv(x)  # (B, T, (H + 2K) D)
+        if self.shift is not None:  # before the rotation
+            qkv = self.mix(qkv, cache)
+        qk, v = qkv.view(B, T, -1, D).split([H + K, K], dim=2)  # (B, T, heads, D)
+        q, k = rotate(qk, cos, sin).transpose(1, 2).split([H, K], dim=1)  # (B, heads, T, D)
+        v = v.transpose(1, 2)
+        past = 0
+        if cache is not None:
+            past = cache.length
+            cache.k[self.layer, :, :, past : past + T] = k
+            cache.v[self.layer, :, :, past : past + T] = v
+            k, v = cache.k[self.layer, :, :, : past + T], cache.v[self.layer, :, :, : past + T]
+        # The first of T new tokens sees the past and itself, the last one everything. `is_causal` says so where there is
+        # no past; a single token needs no mask.
+        mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past and T > 1 else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1 and mask is None, enable_gqa=K < H,
+                                           dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, D)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+    def mix(self, qkv, cache):
+        channels, window = self.shift.channels, self.shift.window
+        x = qkv[..., channels]
+        before = x.new_zeros(x.size(0), window - 1, x.size(2)) if cache is None else cache.raw[self.layer]
+        x = torch.cat([before.to(x.dtype), x], dim=1)  # (B, W - 1 + T, mixed channels)
+        if cache is not None:
+            cache.raw[self.layer] = x[:, 1 - window :]
+        return torch.cat([qkv[..., : channels.start], self.shift(x), qkv[..., channels.stop :]], dim=-1)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), gate and up being one matrix."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(config.n_embd, 2 * config.ffn_size, bias=False)
+        self.down = nn.Linear(config.ffn_size, config.n_embd, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.norm_attn = nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.attn = Attention(config, layer)
+        self.norm_mlp = nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+
+    def forward(self, x, cos, sin, cache: Cache | None = None):
+        x = x + self.dropout(self.attn(self.norm_attn(x), cos, sin, cache))
+        return x + self.dropout(self.mlp(self.norm_mlp(x)))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.vocab_size < 1:
+            raise ValueError("vocab_size must be at least 1")
+        self.config = config
+        self.embed = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(config.block_size, 1, config.head_dim), persistent=False)
+        if not self.head.weight.is_meta:  # on the meta device there is nothing to fill yet
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Fills all parameters and tables from torch's default generator.
+
+        | parameter                     | distribution                                       |
+        |-------------------------------|----------------------------------------------------|
+        | embed, head, qkv, gate_up     | N(0, 0.02^2)                                       |
+        | out, down (end a half-block)  | N(0, 0.02^2 / (2 n_layer)), as in GPT-2            |
+        | norms                         | 1                                                  |
+        | alpha, beta, gamma            | U(0, 1), the last of a window 1 - sum of the others |
+
+        The mixing scalars come last, so that a vanilla and a shifted model of one seed share every other weight. For
+        "gate" the scalars are spread evenly over all that sum to 1, which is the same U(0, 1) for a window of 2.
+        """
+        shift = []
+        for name, p in self.named_parameters():
+            if ".shift." in name:
+                shift.append(p)
+            elif p.ndim == 1:
+                p.fill_(1.0)
+            else:
+                ends_half_block = name.endswith(("out.weight", "down.weight"))
+                p.normal_(std=0.02 / (2 * self.config.n_layer) ** 0.5 if ends_half_block else 0.02)
+        for p in shift:
+            if self.config.shift_weights == "gate":
+                e = p.new_empty(self.config.shift_window, p.size(1)).exponential_()
+                p.copy_((e[:-1] / e[-1]).log())
+            else:
+                p.uniform_()
+                p[-1] = 1.0 - p[:-1].sum(0)
+        D = self.config.head_dim
+        frequencies = self.config.rope_base ** -(torch.arange(D // 2, device=self.cos.device) * 2.0 / D)
+        angles = torch.arange(self.config.block_size, device=self.cos.device)[:, None, None] * frequencies
+        self.cos.copy_(torch.cat([angles.cos(), angles.cos()], dim=-1))
+        self.sin.copy_(torch.cat([-angles.sin(), angles.sin()], dim=-1))
+
+    def forward(self, idx, targets=None, cache: Cache | None = None, reduction: str = "mean"):
+        """Logits for the token after each, or with `targets` their cross entropy.
+
+        idx: (B, T) token ids, T <= block_size together with what `cache` has read already.
+        targets: (B, T) ids, -1 where nothing is to be predicted. reduction: "mean" or "sum" over the others.
+        cache: from `new_cache`; idx then goes on where it stands, and it is moved on by T. A text gives the same logits
+            in one go, in chunks and token by token. All B sequences are of one length: there is no padding.
+        Returns the logits (B, T, V), or the loss in nats, a scalar.
+        """
+        logits = self.head(self.hidden(idx, cache))[..., : self.config.vocab_size]
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction=reduction)
+
+    def hidden(self, idx, cache: Cache | None = None):
+        """(B, T) token ids -> (B, T, C), what the head reads."""
+        past = cache.length if cache is not None else 0
+        end = past + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens do not fit block_size={self.config.block_size}")
+        x = self.dropout(self.embed(idx))
+        cos, sin = self.cos[past:end].to(x.dtype), self.sin[past:end].to(x.dtype)
+        for block in self.blocks:
+            x = block(x, cos, sin, cache)
+        if cache is not None:
+            cache.length = end
+        return self.norm(x)
+
+    def new_cache(self, batch_size: int, max_length: int | None = None) -> Cache:
+        """An empty cache for `batch_size` sequences of up to `max_length` (block_size) tokens."""
+        c, w = self.config, self.head.weight
+        kv = (c.n_layer, batch_size, c.n_kv_head, max_length or c.block_size, c.head_dim)
+        shift = self.blocks[0].attn.shift
+        mixed = (c.shift_window - 1, shift.channels.stop - shift.channels.start) if shift is not None else (0, 0)
+        return Cache(w.new_empty(kv), w.new_empty(kv), w.new_zeros(c.n_layer, batch_size, *mixed))
+
+    @torch.inference_mode()
+    def stream(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+               stop_token: int | None = None, generator: torch.Generator | None = None):
+        """Yields (B,) token ids, one step after another, that go on from idx (B, T), T >= 1.
+
+        temperature: 0 always takes the most likely token. top_k: only the k likeliest (0: all). top_p: only the
+        likeliest that together have this probability. stop_token: a sequence that has made it repeats it, and
+        generation ends when all have.
+
+        Beyond block_size the window moves: of a long prompt the last block_size tokens are read; when the cache is
+        full, the newest half of it is read again as a text of its own, and generation goes on from there. So every
+        token sees between block_size / 2 and block_size tokens, and reading again costs less than one token's work a
+        token.
+        """
+        B, block_size = idx.size(0), self.config.block_size
+        recent = new = idx[:, -block_size:]
+        cache = self.new_cache(B, min(block_size, recent.size(1) + max_new_tokens))
+        stopped = torch.zeros(B, dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            if cache.length + new.size(1) > block_size:
+                new = recent[:, -max(1, block_size // 2) :]
+                cache = self.new_cache(B)
+            token = sample(self.head(self.hidden(new, cache)[:, -1])[:, : self.config.vocab_size],
+                           temperature, top_k, top_p, generator)  # (B,)
+            if stop_token is not None:
+                token = token.masked_fill(stopped, stop_token)
+                stopped |= token == stop_token
+            yield token
+            if stop_token is not None and stopped.all():
+                return
+            new = token[:, None]
+            recent = torch.cat([recent[:, 1 - block_size :] if block_size > 1 else recent[:, :0], new], dim=1)
+
+    def generate(self, idx, max_new_tokens: int, **options) -> torch.Tensor:
+        """idx (B, T) and what `stream` adds to it, (B, T + up to max_new_tokens)."""
+        return torch.cat([idx] + [token[:, None] for token in self.stream(idx, max_new_tokens, **options)], dim=1)
+
+
+def sample(logits, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, generator=None):
+    """Draws one id from each row of logits (B, V) -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    probs = logits.softmax(dim=-1)
+    if top_p < 1:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        beyond = ordered.cumsum(dim=-1) - ordered >= top_p  # what comes before it is enough; the likeliest always stays
+        probs = ordered.masked_fill(beyond, 0.0).gather(-1, order.argsort(dim=-1))
+    # A draw in proportion to probs: the smallest of exponential waiting times. Unlike torch.multinomial it does not
+    # make the host wait for the GPU.
+    waiting = torch.empty_like(probs).exponential_(generator=generator)
+    return (probs / waiting).argmax(dim=-1)
+
+
+def estimate_flops(config: GPTConfig) -> int:
+    """Floating-point operations to train on one token: 6 N for the N weights in matrix products (2 forward, 4 backward)
+    and 12 n_layer H D T for attention over a full context (PaLM, arXiv 2204.02311, Appendix B). Causal masking is not
+    discounted, the mix of KV shift (under 0.1%) not counted."""
+    c = config
+    attention = c.n_embd * (c.n_head + 2 * c.n_kv_head) * c.head_dim + c.n_embd * c.n_embd
+    weights = c.n_layer * (attention + 3 * c.n_embd * c.ffn_size) + c.n_embd * c.padded_vocab_size
+    return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+# Dense bfloat16 FLOP/s of one device (float16 where there is no bfloat16), from the makers' data sheets.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "A40": 150e12,
+    "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
+    "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12, "MI250X": 383e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak FLOP/s of a device by the name that torch gives it, None where it is unknown."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
