@@ -259,7 +259,7 @@ class GPT(nn.Module):
         logits = self.head(self.hidden(idx, cache))[..., : self.config.vocab_size]
         if targets is None:
             return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction=reduction)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
 
     def hidden(self, idx, cache: Cache | None = None):
         """(B, T) token ids -> (B, T, C), what the head reads."""

@@ -73,14 +73,14 @@ class TrainConfig(GPTConfig):
             raise ValueError(f"batch_size={self.batch_size} must be divisible by micro_batch_size={self.micro_batch_size}")
 
 
-# A run may go on with other values of these; any other difference makes it another run. (max_steps: see `same_run`.)
+# A run may go on with other values of these; any other difference makes it another run.
 FREE_TO_CHANGE = {"out_dir", "resume", "micro_batch_size", "log_every", "eval_every", "eval_tokens", "checkpoint_every",
-                  "device", "dtype", "compile", "max_steps"}
+                  "device", "dtype", "compile"}
 
 
 def main():
     config = parse(TrainConfig, sys.argv[1:])
-    device, dtype = choose_device(config)
+    device, dtype = choose_device(config.device, config.dtype)
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     compiled = device.type == "cuda" if config.compile is None else config.compile
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what is not in lower precision anyway
@@ -89,7 +89,7 @@ def main():
     # --- data
     corpus = open_corpus(config.dataset)
     if config.vocab_size and config.vocab_size < corpus.vocab_size:
-        raise UserError(f"vocab_size={config.vocab_size} is too small: {corpus.folder} has {corpus.vocab_size} ids")
+        raise UserError(f"vocab_size={config.vocab_size} is too small for the {corpus.vocab_size} ids of {corpus.folder}")
     config.vocab_size = config.vocab_size or corpus.vocab_size
     batches = TrainBatches(corpus, config.block_size, config.batch_size, config.seed)
     val_starts(corpus, config.block_size, config.eval_tokens)  # too short a val.bin is an error now and not later
@@ -101,124 +101,128 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    # --- where the run stands
+    # --- where the run stands; `step` is the number of steps done
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    step, best, best_step, losses = 0, math.inf, 0, []  # losses: of the steps since the last line of the log
+    step, resumed_at, seconds = 0, -1, 0.0  # seconds of training, without evaluating and saving
+    best, best_step = math.inf, 0
+    figures = []  # (loss, gradient norm) of each step since the last line of the log
     checkpoint = find_checkpoint(config, corpus)
     if checkpoint is not None:
-        step, best, best_step, losses = (checkpoint[key] for key in ("step", "best_val_loss", "best_step", "losses"))
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        cut_log(out_dir / "log.jsonl", step)
+        step = resumed_at = checkpoint["step"]
+        best, best_step = checkpoint["best_val_loss"], checkpoint["best_step"]
         if step >= config.max_steps:
             print(f"{out_dir} is complete: step {step} of {config.max_steps}, best val loss {best:.4f} at step {best_step} "
                   "(--resume=no starts over)")
             return
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        figures, seconds = checkpoint["figures"], checkpoint["seconds"]
+        cut_log(out_dir / "log.jsonl", step)
         print(f"going on from step {step} of {out_dir / 'ckpt.pt'}")
         del checkpoint
-    resumed_at = step
+    n_parameters = sum(p.numel() for p in model.parameters())
     log = open(out_dir / "log.jsonl", "a")
-    if step == 0:
-        header = {"config": asdict(config), "parameters": sum(p.numel() for p in model.parameters()), "device": device_name,
-                  "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-                  "corpus": {"tokens": corpus.tokens, "sha256": corpus.sha256}, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+    if resumed_at < 0:
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        header = {"config": asdict(config), "parameters": n_parameters, "device": device_name, "versions": versions,
+                  "corpus": {"tokens": corpus.tokens, "sha256": corpus.sha256}, "started": time.strftime("%F %T")}
         print(json.dumps(header), file=log, flush=True)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, kv_shift={config.kv_shift}, {device_name}, {dtype}"
+    print(f"{n_parameters / 1e6:.2f}M parameters, kv_shift={config.kv_shift}, on {device_name} in {dtype}"
           f"{', compiled' if compiled else ''}; {corpus.tokens['train'] / 1e6:,.1f}M tokens in {corpus.folder.name}, "
-          f"{config.batch_size * config.block_size:,} a step; everything goes to {out_dir}")
+          f"{config.batch_size * config.block_size:,} a step; checkpoints and log go to {out_dir}")
 
-    # --- the loop: `step` is the number of steps done
+    # --- the loop
     fast_model = torch.compile(model) if compiled else model
     stop = Stop()
     pending = []  # (loss, gradient norm) of the latest steps, still on the device
-    tokens_per_step = config.batch_size * config.block_size
-    started = interval = time.perf_counter()  # interval: since the last line of the log, evaluation and saving left out
-    interval_step = step
+    batch = None
+    logged_step, logged_seconds = step, seconds
+    started = clock = time.perf_counter()
     while True:
         last = step == config.max_steps
-        line = {}
-        if step > resumed_at and (step % config.log_every == 0 or last):
-            losses += fetch_figures(pending, step, config, scaler.is_enabled(), out_dir)
-            now = time.perf_counter()
-            tokens_per_s = (step - interval_step) * tokens_per_step / (now - interval)
-            line |= {"loss": sum(losses) / len(losses), "lr": learning_rate(step - 1, config), "grad_norm": grad_norm.item(),
-                     "tokens": step * tokens_per_step, "tokens_per_s": round(tokens_per_s)}
-            if peak := peak_flops(device_name):
-                line["mfu"] = round(tokens_per_s * estimate_flops(config) / (peak * world_size), 4)
-            losses, interval, interval_step = [], now, step
-        pause = time.perf_counter()
-        if (step > resumed_at or step == 0) and (step % config.eval_every == 0 or last):
-            losses += fetch_figures(pending, step, config, scaler.is_enabled(), out_dir)
-            val_loss = evaluate(fast_model, corpus, config, device, autocast)
-            if not math.isfinite(val_loss):
-                raise UserError(f"the val loss is {val_loss} after step {step}: lower --learning_rate; {out_dir} keeps the last good checkpoint")
-            line["val_loss"] = val_loss
-            if val_loss < best:
-                best, best_step = val_loss, step
-                save_checkpoint(out_dir / "best.pt", model, config, corpus, step=step, best_val_loss=best, best_step=step)
-        if line:
-            seconds_left = (config.max_steps - step) * (time.perf_counter() - started) / max(1, step - resumed_at)
-            print(console_line(step, config, line, seconds_left), flush=True)
-            print(json.dumps({"step": step} | line), file=log, flush=True)
-        if step > resumed_at and (step % config.checkpoint_every == 0 or last or stop.signal):
-            losses += fetch_figures(pending, step, config, scaler.is_enabled(), out_dir)
-            save_checkpoint(out_dir / "ckpt.pt", model, config, corpus, step=step, best_val_loss=best, best_step=best_step,
-                            losses=losses, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-        interval += time.perf_counter() - pause
+        new = step > resumed_at
+        log_now = new and step > 0 and (last or step % config.log_every == 0)
+        evaluate_now = new and (last or step % config.eval_every == 0)
+        save_now = stop.signal or new and step > 0 and (last or step % config.checkpoint_every == 0)
+        if log_now or evaluate_now or save_now:
+            figures += fetch_figures(pending, step, config, scaler.is_enabled())  # waits for the device
+            seconds += time.perf_counter() - clock
+            line = {"step": step}
+            if log_now:
+                tokens_per_s = (step - logged_step) * config.batch_size * config.block_size / (seconds - logged_seconds)
+                line |= {"loss": sum(loss for loss, _ in figures) / len(figures), "lr": learning_rate(step - 1, config),
+                         "grad_norm": figures[-1][1], "tokens": step * config.batch_size * config.block_size,
+                         "seconds": round(seconds, 3), "tokens_per_s": round(tokens_per_s)}
+                if peak := peak_flops(device_name):
+                    line["mfu"] = round(tokens_per_s * estimate_flops(config) / (peak * world_size), 4)
+                figures, logged_step, logged_seconds = [], step, seconds
+            if evaluate_now:
+                line["val_loss"] = evaluate(fast_model, corpus, config, device, autocast)
+                if not math.isfinite(line["val_loss"]):
+                    raise UserError(f"the val loss is {line['val_loss']} after step {step}: lower --learning_rate; "
+                                    f"the last good checkpoint is still in {out_dir}")
+                if line["val_loss"] < best:
+                    best, best_step = line["val_loss"], step
+                    save_checkpoint(out_dir / "best.pt", model, config, corpus, step=step, best_val_loss=best)
+            if log_now or evaluate_now:
+                seconds_left = (time.perf_counter() - started) / max(1, step - max(0, resumed_at)) * (config.max_steps - step)
+                print(console_line(line, config, seconds_left), flush=True)
+                print(json.dumps(line), file=log, flush=True)
+            if save_now:
+                save_checkpoint(out_dir / "ckpt.pt", model, config, corpus, step=step, best_val_loss=best, best_step=best_step,
+                                figures=figures, seconds=seconds, optimizer=optimizer.state_dict(),
+                                scaler=scaler.state_dict())
+            clock = time.perf_counter()
         if last or stop.signal:
             break
 
         # one optimizer step
-        if step == resumed_at:
+        if batch is None:
             batch = batches(step, rank, world_size)
-        torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1, np.uint64)[0]))  # dropout's
+        torch.manual_seed(dropout_seed(config.seed, step, rank))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         micro_batches = torch.from_numpy(batch).split(config.micro_batch_size)
         loss = torch.zeros((), device=device)
         for tokens in micro_batches:  # (micro_batch_size, block_size + 1)
-            if device.type == "cuda":
-                tokens = tokens.pin_memory()
-            tokens = tokens.to(device, non_blocking=True)
+            tokens = (tokens.pin_memory() if device.type == "cuda" else tokens).to(device, non_blocking=True)
             with autocast:
                 micro_loss = fast_model(tokens[:, :-1], tokens[:, 1:]) / len(micro_batches)
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        pending.append(torch.stack([loss, grad_norm]))
+        pending.append(torch.stack([loss, norm]))
         step += 1
-        if step < config.max_steps:
-            batch = batches(step, rank, world_size)  # read while a GPU is still at work on this step
+        batch = batches(step, rank, world_size) if step < config.max_steps else None  # read while a GPU is still at work
 
     if stop.signal:
         print(f"stopped by {stop.signal.name} after step {step} and saved: the same command goes on from there")
         sys.exit(128 + stop.signal)
-    print(f"\ndone: best val loss {best:.4f} at step {best_step}; {out_dir}/ has best.pt, ckpt.pt (latest) and log.jsonl\n")
+    print(f"\ndone: best val loss {best:.4f} at step {best_step}\n"
+          f"{out_dir} has best.pt (the model at that step), ckpt.pt (the latest) and log.jsonl (every figure above)\n")
     print_sample(model, Tokenizer(corpus.tokenizer), device)
     print(f"\nmore of it: python sample.py --out_dir={out_dir}")
 
 
-def choose_device(config: TrainConfig):
-    """The torch device, and the dtype of matrix products, "auto" resolved."""
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype of those names, "auto" being the best there is."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device={config.device} can't be used here: {str(error).splitlines()[0]}") from None
-    if config.dtype != "auto":
-        return device, getattr(torch, config.dtype)
-    if device.type != "cuda":
-        return device, torch.float32
-    return device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        raise UserError(f"device={device} can't be used here: {str(error).splitlines()[0]}") from None
+    if dtype == "auto":
+        half = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        dtype = half if device.type == "cuda" else "float32"
+    return device, getattr(torch, dtype)
 
 
 def open_corpus(dataset: str) -> Corpus:
@@ -230,17 +234,24 @@ def open_corpus(dataset: str) -> Corpus:
             raise UserError(f"could not prepare {folder}")
     if not folder.is_dir():
         known = sorted(p.parent.name for p in FOLDER.glob("*/meta.json"))
-        raise UserError(f"no corpus {dataset!r} in data/; prepared: {', '.join(known) or 'none'}; make one with data/text/prepare.py")
+        raise UserError(f"no corpus {dataset!r} in data/ (prepared: {', '.join(known) or 'none'}); "
+                        "data/text/prepare.py makes one of your own text")
     return Corpus(folder)
 
 
 def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW. Weight decay on matrices alone: not on embeddings, norms and the shift's scalars."""
-    groups = {True: [], False: []}
+    decayed, others = [], []
     for name, p in model.named_parameters():
-        groups[p.ndim == 2 and not name.startswith("embed") and ".shift." not in name].append(p)
-    return torch.optim.AdamW([{"params": groups[True], "weight_decay": config.weight_decay}, {"params": groups[False], "weight_decay": 0.0}],
-                             lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+        is_matrix = p.ndim == 2 and not name.startswith("embed") and ".shift." not in name
+        (decayed if is_matrix else others).append(p)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """A seed of its own for each step and process, so that no generator's state needs saving."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -270,8 +281,8 @@ def evaluate(model, corpus: Corpus, config: TrainConfig, device, autocast) -> fl
     return total.item() / (len(starts) * config.block_size)
 
 
-def fetch_figures(pending: list, step: int, config: TrainConfig, scaled: bool, out_dir: Path) -> list[float]:
-    """Empties `pending` and returns its losses; one that is not finite ends the run before anything is saved.
+def fetch_figures(pending: list, step: int, config: TrainConfig, scaled: bool) -> list[list[float]]:
+    """Empties `pending` of (loss, gradient norm) of the steps up to `step`; returns them as numbers, once all are finite.
 
     This is the one place where the host waits for the device. Float16's gradients may overflow (the scaler skips such
     a step), its loss may not.
@@ -280,9 +291,10 @@ def fetch_figures(pending: list, step: int, config: TrainConfig, scaled: bool, o
     pending.clear()
     for i, (loss, norm) in enumerate(figures, start=step - len(figures)):
         if not math.isfinite(loss) or not (scaled or math.isfinite(norm)):
-            raise UserError(f"step {i + 1} has loss {loss} and gradient norm {norm} at learning rate {learning_rate(i, config):.3g}: "
-                            f"lower --learning_rate; {out_dir} keeps the last good checkpoint")
-    return [loss for loss, _ in figures]
+            raise UserError(f"step {i + 1} has loss {loss} and gradient norm {norm} at learning rate "
+                            f"{learning_rate(i, config):.3g}: lower --learning_rate; the last good checkpoint is still in "
+                            f"{config.out_dir}")
+    return figures
 
 
 class Stop:
@@ -299,7 +311,8 @@ class Stop:
         print(f"{self.signal.name}: finishing the step, then saving", file=sys.stderr)
 
 
-def console_line(step: int, config: TrainConfig, line: dict, seconds_left: float) -> str:
+def console_line(line: dict, config: TrainConfig, seconds_left: float) -> str:
+    step = line["step"]
     parts = [f"step {step:>{len(str(config.max_steps))}}/{config.max_steps}"]
     parts += [f"{name} {line[key]:.4f}" for name, key in (("loss", "loss"), ("val loss", "val_loss")) if key in line]
     if "lr" in line:
@@ -370,9 +383,8 @@ def find_checkpoint(config: TrainConfig, corpus: Corpus) -> dict | None:
 def same_run(checkpoint: dict, config: TrainConfig, corpus: Corpus):
     """A UserError that names what differs, if the checkpoint is of another run than config's."""
     saved, now = checkpoint["config"], asdict(config)
-    free = FREE_TO_CHANGE
-    if config.lr_schedule != "constant" and checkpoint["step"] < saved["max_steps"]:
-        free = free - {"max_steps"}  # cosine and linear end at max_steps: another end is another schedule
+    # cosine and linear end at max_steps: another end is another schedule
+    free = FREE_TO_CHANGE | ({"max_steps"} if config.lr_schedule == "constant" else set())
     defaults = {f.name: f.default for f in fields(TrainConfig)}
     differ = [f"{name} was {saved.get(name, defaults[name])!r}, is {now[name]!r}"
               for name in now if name not in free and saved.get(name, defaults[name]) != now[name]]
@@ -396,8 +408,7 @@ def cut_log(path: Path, step: int):
 
 def print_sample(model: GPT, tokenizer: Tokenizer, device):
     """A short text from the model as it is now."""
-    start = tokenizer.end_of_text if tokenizer.end_of_text is not None else tokenizer.encode("\n")[0]
-    idx = torch.full((1, 1), int(start), device=device)
+    idx = torch.full((1, 1), tokenizer.start, device=device)
     generator = torch.Generator(device).manual_seed(1)
     model.eval()
     print(tokenizer.decode(model.generate(idx, 200, temperature=0.8, generator=generator)[0, 1:].tolist()))

@@ -10,6 +10,7 @@ stand in the dataclass alone: the comment behind a field is its help.
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import runpy
 import sys
@@ -29,7 +30,7 @@ def run(main):
     except UserError as error:
         sys.exit(_report(str(error)))
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-        sys.stdout = None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush finds a place
         sys.exit(1)
     except OSError as error:
         if error.errno is None:

@@ -55,7 +55,7 @@ class Tokenizer:
             self.chars = spec["chars"]
             self.vocab_size = len(self.chars)
             self.end_of_text = self.chars.index("\0") if "\0" in self.chars else None
-            codes = np.array([ord(c) for c in self.chars])
+            codes = np.array([ord(c) for c in self.chars], dtype=np.int64)
             self.ids = np.full(codes.max(initial=0) + 2, -1)  # id of each code point, -1: none
             self.ids[codes] = np.arange(len(codes))
         elif self.kind == "gpt2":
@@ -63,12 +63,14 @@ class Tokenizer:
             self.vocab_size, self.end_of_text = self.bpe.n_vocab, self.bpe.eot_token
         else:
             raise UserError(f"unknown tokenizer {self.kind!r}; known: bytes, char, gpt2")
+        # what a text without a prompt goes on from
+        self.start = self.end_of_text if self.end_of_text is not None else max(self.chars.find("\n"), 0)
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Ids of a text (for bytes of UTF-8 likewise), (T,). A character that the corpus lacks is a UserError."""
         if self.kind == "bytes":
             return np.frombuffer(text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text, np.uint8)
-        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        text = utf8(text) if isinstance(text, bytes) else text
         if self.kind == "gpt2":
             return np.array(self.bpe.encode_ordinary(text), dtype=np.uint16)
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -90,14 +92,23 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
 
+def utf8(raw: bytes) -> str:
+    """raw.decode(), an error being the user's."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the text is not UTF-8: {error.reason}, {raw[error.start : error.start + 4]!r} "
+                        "(the tokenizer of bytes takes any file)") from None
+
+
 def _gpt2():
     import tiktoken
 
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # requests' errors, or a cached file that does not match its hash
-        raise UserError(f"cannot load GPT-2's BPE ({type(error).__name__}): tiktoken fetches its files (1.5 MB) once; without a "
-                        "network, set TIKTOKEN_CACHE_DIR to a folder that has them") from None
+        raise UserError(f"cannot load GPT-2's BPE ({type(error).__name__}): tiktoken fetches its files (1.5 MB) once; "
+                        "without a network, set TIKTOKEN_CACHE_DIR to a folder that has them") from None
 
 
 class CorpusWriter:
@@ -135,9 +146,10 @@ class CorpusWriter:
                 (self.folder / "meta.json").unlink(missing_ok=True)  # from here to the last line there is no corpus
                 for f in self.files.values():
                     os.replace(f.name, self.folder / Path(f.name).name[1:-4])
-                meta = {"tokenizer": self.tokenizer.spec, "vocab_size": self.tokenizer.vocab_size, "dtype": self.dtype.name,
-                        "tokens": self.counts, "sha256": {split: h.hexdigest() for split, h in self.hashes.items()},
-                        "source": self.source}
+                meta = {"tokenizer": self.tokenizer.spec, "vocab_size": self.tokenizer.vocab_size,
+                        "dtype": self.dtype.name,
+                        "tokens": self.counts,
+                        "sha256": {split: h.hexdigest() for split, h in self.hashes.items()}, "source": self.source}
                 with atomic_write(self.folder / "meta.json") as f:
                     f.write(json.dumps(meta, indent=1).encode())
         finally:
@@ -177,12 +189,12 @@ class Corpus:
         They are read with plain reads and not through a memory map, whose pages would count as this process's memory.
         """
         rows = np.empty((len(starts), block_size + 1), self.dtype)
-        for row, start in zip(rows, starts):
+        for row, start in zip(rows, starts, strict=True):
             self.files[split].seek(int(start) * self.dtype.itemsize)
             if self.files[split].readinto(row) != row.nbytes:
                 raise UserError(f"{self.folder / split}.bin became shorter while it was read")
         if rows.max(initial=0) >= self.vocab_size:
-            raise UserError(f"{self.folder / split}.bin has token id {rows.max()}, but meta.json says vocab_size={self.vocab_size}")
+            raise UserError(f"{self.folder / split}.bin has token id {rows.max()}, meta.json says vocab_size={self.vocab_size}")
         return rows.astype(np.int64)
 
 
@@ -194,8 +206,8 @@ class TrainBatches:
     def __init__(self, corpus: Corpus, block_size: int, batch_size: int, seed: int):
         n_tokens = corpus.tokens["train"]
         if n_tokens < block_size + 1:
-            raise UserError(f"{corpus.folder}/train.bin has {n_tokens:,} tokens, too few for one window of block_size={block_size} "
-                            "and the token after it: lower --block_size or add text")
+            raise UserError(f"{corpus.folder}/train.bin has {n_tokens:,} tokens, too few for a window of block_size="
+                            f"{block_size} and the token after it: lower --block_size or add text")
         self.corpus, self.block_size, self.batch_size, self.seed = corpus, block_size, batch_size, seed
         # leaving out one window's tokens leaves room for an offset of up to a window and more
         self.n_windows = max(1, (n_tokens - block_size) // block_size)
@@ -225,23 +237,24 @@ def val_starts(corpus: Corpus, block_size: int, eval_tokens: int) -> np.ndarray:
     """Where the validation windows start: side by side from the start of val.bin, at most eval_tokens (0: all) in all."""
     n_tokens = corpus.tokens["val"]
     if n_tokens < block_size + 1:
-        raise UserError(f"{corpus.folder}/val.bin has {n_tokens:,} tokens, too few for one window of block_size={block_size} "
-                        "and the token after it: lower --block_size or prepare with a larger --val_fraction")
+        raise UserError(f"{corpus.folder}/val.bin has {n_tokens:,} tokens, too few for a window of block_size="
+                        f"{block_size} and the token after it: lower --block_size or prepare with a larger --val_fraction")
     n = (n_tokens - 1) // block_size
     return np.arange(max(1, min(n, eval_tokens // block_size)) if eval_tokens else n) * block_size
 
 
 class Progress:
-    """One line on the terminal that says how much is done, how fast, and how long the rest will take."""
+    """A line on stderr that says how much is done, how fast, and how long the rest will take."""
 
     def __init__(self, total: int, unit: float = 1e6, name: str = "MB"):
-        self.total, self.unit, self.name, self.start, self.shown = total, unit, name, time.time(), 0.0
+        self.total, self.unit, self.name = total, unit, name
+        self.start = self.shown = time.time()
 
     def __call__(self, done: int):
-        now = time.time()
-        if now - self.shown < (1 if sys.stderr.isatty() else 30) and done < self.total:
+        now, terminal = time.time(), sys.stderr.isatty()
+        if now - self.shown < (1 if terminal else 30):
             return
-        self.shown, seconds = now, max(now - self.start, 1e-9)
-        left = (self.total - done) * seconds / max(done, 1)
-        print(f"{done / self.unit:,.1f} of {self.total / self.unit:,.1f} {self.name}, {done / self.unit / seconds:,.1f} {self.name}/s, "
-              f"{left:,.0f} s left", end="\r" if sys.stderr.isatty() and done < self.total else "\n", file=sys.stderr)
+        self.shown, seconds = now, now - self.start
+        print(f"{done / self.unit:,.1f} of {self.total / self.unit:,.1f} {self.name}, {done / self.unit / seconds:,.1f} "
+              f"{self.name}/s, {(self.total - done) * seconds / max(done, 1):,.0f} s left", file=sys.stderr,
+              end="\r" if terminal else "\n")

@@ -22,7 +22,8 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__p
 
 def main():
     stdlib = Path(sysconfig.get_paths()["stdlib"])
-    names = sorted(p.relative_to(stdlib).as_posix() for p in stdlib.rglob("*.py") if not LEFT_OUT & set(p.relative_to(stdlib).parts))
+    paths = [path.relative_to(stdlib) for path in stdlib.rglob("*.py")]
+    names = sorted(path.as_posix() for path in paths if not LEFT_OUT & set(path.parts))
     if not names:
         raise UserError(f"no Python sources in {stdlib}; --dataset=shakespeare_char or a text of your own will do instead")
     tokenizer = Tokenizer({"kind": "bytes"})
@@ -31,7 +32,7 @@ def main():
         for name in names:
             split = "val" if hashlib.sha256(name.encode()).digest()[0] < 26 else "train"
             corpus.write(split, tokenizer.encode((stdlib / name).read_bytes() + b"\0"))
-    print(f"{folder}: {len(names):,} files, {corpus.counts['train']:,} bytes to train on, {corpus.counts['val']:,} to validate")
+    print(f"{len(names):,} files, {corpus.counts['train']:,} bytes to train on, {corpus.counts['val']:,} to validate")
     print(f"a bigram model of the bytes reaches a val loss of {bigram_loss(Corpus(folder)):.3f} nats")
 
 

@@ -41,7 +41,7 @@ def main():
     raw = Path(config.input).read_bytes() if config.input else download(config.url)
     found = hashlib.sha256(raw).hexdigest()
     if found != SHA256:
-        raise UserError(f"{config.input or config.url} is not tiny Shakespeare: {len(raw):,} bytes with sha256 {found}, expected {SHA256}")
+        raise UserError(f"{config.input or config.url} is not tiny Shakespeare: it has {len(raw):,} bytes and sha256 {found}")
     text = raw.decode()
     tokenizer = Tokenizer({"kind": "char", "chars": "".join(sorted(set(text)))})
     ids = tokenizer.encode(text)
@@ -49,7 +49,7 @@ def main():
     with CorpusWriter(Path(__file__).parent, tokenizer, source=URL) as corpus:
         corpus.write("train", ids[:n_train])
         corpus.write("val", ids[n_train:])
-    print(f"{corpus.folder}: {tokenizer.vocab_size} characters, {n_train:,} to train on, {len(ids) - n_train:,} to validate")
+    print(f"{tokenizer.vocab_size} different characters; {n_train:,} to train on, {len(ids) - n_train:,} to validate")
 
 
 if __name__ == "__main__":

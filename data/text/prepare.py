@@ -15,7 +15,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from config import UserError, parse, run
-from data import FOLDER, CorpusWriter, Progress, Tokenizer
+from data import FOLDER, CorpusWriter, Progress, Tokenizer, utf8
 
 PIECE = 1 << 20  # bytes that are tokenized at a time
 
@@ -56,24 +56,24 @@ def pieces(path):
     yield bytes(piece), True
 
 
-def decoded(piece: bytes, path) -> str:
-    try:
-        return piece.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason}: {error.object[error.start : error.start + 4]!r}); "
-                        "--tokenizer=bytes takes any file") from None
-
-
 def alphabet(files) -> str:
-    """The characters of all files, sorted, and the end of a document."""
-    chars, progress, done = {"\0"}, Progress(sum(Path(path).stat().st_size for path in files)), 0
+    """The characters of all files and the end of a document, sorted."""
     print("reading the text once for its characters")
+    chars = {"\0"}
     for path in files:
         for piece, _ in pieces(path):
-            chars |= set(decoded(piece, path))
-            done += len(piece)
-            progress(done)
+            chars.update(utf8(piece))
     return "".join(sorted(chars))
+
+
+def line_start(piece: bytes, at: int) -> int:
+    """The first start of a line after `at`, or if there is none the first start of a character from `at` on."""
+    start = piece.find(b"\n", at) + 1
+    if 0 < start < len(piece):
+        return start
+    while at < len(piece) and piece[at] & 0xC0 == 0x80:
+        at += 1
+    return at
 
 
 def main():
@@ -85,32 +85,29 @@ def main():
         if not Path(path).is_file():
             raise UserError(f"no file {path!r}")
     total = sum(Path(path).stat().st_size for path in files)
-    disk = {"bytes": 2.0, "char": 2.0, "gpt2": 0.6}[config.tokenizer] * total
-    print(f"{len(files)} files, {total / 1e6:,.1f} MB; the corpus takes about {disk / 1e6:,.0f} MB of disk in {FOLDER / config.name}")
-    tokenizer = Tokenizer({"kind": "char", "chars": alphabet(files)} if config.tokenizer == "char" else {"kind": config.tokenizer})
+    disk = total * {"bytes": 2.0, "char": 2.0, "gpt2": 0.6}[config.tokenizer]
+    print(f"{len(files)} files, {total / 1e6:,.1f} MB; the corpus takes about {disk / 1e6:,.0f} MB in {FOLDER / config.name}")
+    spec = {"kind": config.tokenizer} | ({"chars": alphabet(files)} if config.tokenizer == "char" else {})
+    tokenizer = Tokenizer(spec)
 
-    val_from, done, progress = (1 - config.val_fraction) * total, 0, Progress(total)
+    val_from, done, progress = int((1 - config.val_fraction) * total), 0, Progress(total)
     with CorpusWriter(FOLDER / config.name, tokenizer, source=", ".join(Path(path).name for path in files)) as corpus:
         for path in files:
             for piece, ends in pieces(path):
-                # a small text is one piece: cut where val begins, at the start of a line if there is one
-                cut = len(piece)
-                if done < val_from < done + len(piece):
-                    cut = piece.find(b"\n", int(val_from - done)) + 1 or len(piece)
-                for split, part in (("train", piece[:cut]), ("val", piece[cut:])):
-                    if done >= val_from:
-                        split = "val"
-                    corpus.write(split, tokenizer.encode(part if config.tokenizer == "bytes" else decoded(part, path)))
+                cut = min(max(val_from - done, 0), len(piece))  # train gets piece[:cut], val the rest
+                if 0 < cut < len(piece):
+                    cut = line_start(piece, cut)
+                corpus.write("train", tokenizer.encode(piece[:cut]))
+                corpus.write("val", tokenizer.encode(piece[cut:]))
                 if ends and piece:
-                    corpus.write("val" if done + cut >= val_from else "train", [tokenizer.end_of_text])
+                    corpus.write("train" if cut == len(piece) else "val", [tokenizer.end_of_text])
                 done += len(piece)
-                progress(min(done, total))
-        if not corpus.counts["train"] or not corpus.counts["val"]:
-            raise UserError(f"{total:,} bytes give {corpus.counts['train']:,} tokens to train on and {corpus.counts['val']:,} to validate: "
-                            "add text or change --val_fraction")
-    progress(total)
-    print(f"{corpus.folder}: {corpus.counts['train']:,} tokens to train on, {corpus.counts['val']:,} to validate, "
-          f"{tokenizer.vocab_size:,} ids; train with: python train.py --dataset={config.name}")
+                progress(done)
+        if min(corpus.counts.values()) < 2:
+            raise UserError(f"{total:,} bytes give {corpus.counts['train']:,} tokens to train on and {corpus.counts['val']:,} "
+                            "to validate: add text or change --val_fraction")
+    print(f"{corpus.counts['train']:,} tokens to train on, {corpus.counts['val']:,} to validate, {tokenizer.vocab_size:,} ids; "
+          f"train with: python train.py --dataset={config.name}")
 
 
 if __name__ == "__main__":
