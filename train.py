@@ -94,34 +94,37 @@ def main():
     batches = TrainBatches(corpus, config.block_size, config.batch_size, config.seed)
     val_starts(corpus, config.block_size, config.eval_tokens)  # too short a val.bin is an error now and not later
 
+    # --- where the run stands; `step` is the number of steps done
+    out_dir = Path(config.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint = find_checkpoint(config, corpus)
+    step, resumed_at, seconds = 0, -1, 0.0  # seconds of training, without evaluating and saving
+    best, best_step = math.inf, 0
+    figures = []  # (loss, gradient norm) of each step since the last line of the log
+    if checkpoint is not None:
+        step = resumed_at = checkpoint["step"]
+        best, best_step = checkpoint["best_val_loss"], checkpoint["best_step"]
+        figures, seconds = checkpoint["figures"], checkpoint["seconds"]
+        if step >= config.max_steps:
+            print(f"{out_dir} is complete: step {step} of {config.max_steps}, best val loss {best:.4f} at step {best_step} "
+                  "(--resume=no starts over)")
+            return
+        print(f"going on from step {step} of {out_dir / 'ckpt.pt'}")
+        cut_log(out_dir / "log.jsonl", step)
+
     # --- model and optimizer
     torch.manual_seed(config.seed)
     model = GPT(config).to(device)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-    # --- where the run stands; `step` is the number of steps done
-    out_dir = Path(config.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    step, resumed_at, seconds = 0, -1, 0.0  # seconds of training, without evaluating and saving
-    best, best_step = math.inf, 0
-    figures = []  # (loss, gradient norm) of each step since the last line of the log
-    checkpoint = find_checkpoint(config, corpus)
     if checkpoint is not None:
-        step = resumed_at = checkpoint["step"]
-        best, best_step = checkpoint["best_val_loss"], checkpoint["best_step"]
-        if step >= config.max_steps:
-            print(f"{out_dir} is complete: step {step} of {config.max_steps}, best val loss {best:.4f} at step {best_step} "
-                  "(--resume=no starts over)")
-            return
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        figures, seconds = checkpoint["figures"], checkpoint["seconds"]
-        cut_log(out_dir / "log.jsonl", step)
-        print(f"going on from step {step} of {out_dir / 'ckpt.pt'}")
         del checkpoint
+    fast_model = torch.compile(model) if compiled else model
+
     n_parameters = sum(p.numel() for p in model.parameters())
     log = open(out_dir / "log.jsonl", "a")
     if resumed_at < 0:
@@ -134,27 +137,29 @@ def main():
           f"{config.batch_size * config.block_size:,} a step; checkpoints and log go to {out_dir}")
 
     # --- the loop
-    fast_model = torch.compile(model) if compiled else model
     stop = Stop()
     pending = []  # (loss, gradient norm) of the latest steps, still on the device
     batch = None
     logged_step, logged_seconds = step, seconds
     started = clock = time.perf_counter()
     while True:
+        stopped_by = stop.signal  # read once: a signal that comes while we evaluate or save waits for the next step
         last = step == config.max_steps
         new = step > resumed_at
         log_now = new and step > 0 and (last or step % config.log_every == 0)
         evaluate_now = new and (last or step % config.eval_every == 0)
-        save_now = stop.signal or new and step > 0 and (last or step % config.checkpoint_every == 0)
+        save_now = stopped_by or new and step > 0 and (last or step % config.checkpoint_every == 0)
         if log_now or evaluate_now or save_now:
             figures += fetch_figures(pending, step, config, scaler.is_enabled())  # waits for the device
             seconds += time.perf_counter() - clock
             line = {"step": step}
             if log_now:
                 tokens_per_s = (step - logged_step) * config.batch_size * config.block_size / (seconds - logged_seconds)
+                norm = figures[-1][1]
                 line |= {"loss": sum(loss for loss, _ in figures) / len(figures), "lr": learning_rate(step - 1, config),
-                         "grad_norm": figures[-1][1], "tokens": step * config.batch_size * config.block_size,
-                         "seconds": round(seconds, 3), "tokens_per_s": round(tokens_per_s)}
+                         "grad_norm": norm if math.isfinite(norm) else None,  # JSON has no infinity
+                         "tokens": step * config.batch_size * config.block_size, "seconds": round(seconds, 3),
+                         "tokens_per_s": round(tokens_per_s)}
                 if peak := peak_flops(device_name):
                     line["mfu"] = round(tokens_per_s * estimate_flops(config) / (peak * world_size), 4)
                 figures, logged_step, logged_seconds = [], step, seconds
@@ -175,7 +180,7 @@ def main():
                                 figures=figures, seconds=seconds, optimizer=optimizer.state_dict(),
                                 scaler=scaler.state_dict())
             clock = time.perf_counter()
-        if last or stop.signal:
+        if last or stopped_by:
             break
 
         # one optimizer step
@@ -201,9 +206,9 @@ def main():
         step += 1
         batch = batches(step, rank, world_size) if step < config.max_steps else None  # read while a GPU is still at work
 
-    if stop.signal:
-        print(f"stopped by {stop.signal.name} after step {step} and saved: the same command goes on from there")
-        sys.exit(128 + stop.signal)
+    if stopped_by and not last:
+        print(f"stopped by {stopped_by.name} after step {step} and saved: the same command goes on from there")
+        sys.exit(128 + stopped_by)
     print(f"\ndone: best val loss {best:.4f} at step {best_step}\n"
           f"{out_dir} has best.pt (the model at that step), ckpt.pt (the latest) and log.jsonl (every figure above)\n")
     print_sample(model, Tokenizer(corpus.tokenizer), device)

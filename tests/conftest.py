@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import signal
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from data import CorpusWriter, Tokenizer
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # the models here are too small to share out
+os.environ["OMP_NUM_THREADS"] = "1"  # and the same for the scripts that are started
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "max_steps": 4, "eval_tokens": 64,
         "device": "cpu", "log_every": 1}
 
