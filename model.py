@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -199,6 +201,7 @@ class GPT(nn.Module):
         if config.vocab_size < 1:
             raise ValueError("vocab_size must be at least 1")
         self.config = config
+        self.recompute = False  # keep no activations inside a block, compute them again in the backward pass
         self.embed = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -211,9 +214,16 @@ class GPT(nn.Module):
         if not self.head.weight.is_meta:  # on the meta device there is nothing to fill yet
             self.init_weights()
 
+    def materialize(self, device):
+        """Gives a model that was made on the meta device its memory on `device`, and its initial weights."""
+        self.to_empty(device=device)
+        if self.config.tie_embeddings:
+            self.head.weight = self.embed.weight  # to_empty made two of it
+        self.init_weights()
+
     @torch.no_grad()
     def init_weights(self):
-        """Fills all parameters and tables from torch's default generator.
+        """Fills all parameters and tables, from torch's default generator. Works shard by shard under FSDP, too.
 
         | parameter                     | distribution                                       |
         |-------------------------------|----------------------------------------------------|
@@ -225,25 +235,25 @@ class GPT(nn.Module):
         The mixing scalars come last, so that a vanilla and a shifted model of one seed share every other weight. For
         "gate" the scalars are spread evenly over all that sum to 1, which is the same U(0, 1) for a window of 2.
         """
-        shift = []
-        for name, p in self.named_parameters():
-            if ".shift." in name:
-                shift.append(p)
+        c = self.config
+        for name, p in sorted(self.named_parameters(), key=lambda item: ".shift." in item[0]):  # a stable sort
+            w = torch.empty(p.shape)  # whole and on the CPU, where a seed gives the same numbers on every machine
+            if ".shift." in name and c.shift_weights == "gate":
+                e = torch.empty(c.shift_window, p.size(1)).exponential_()
+                w.copy_((e[:-1] / e[-1]).log())
+            elif ".shift." in name:
+                w.uniform_()
+                w[-1] = 1.0 - w[:-1].sum(0)
             elif p.ndim == 1:
-                p.fill_(1.0)
+                w.fill_(1.0)
             else:
                 ends_half_block = name.endswith(("out.weight", "down.weight"))
-                p.normal_(std=0.02 / (2 * self.config.n_layer) ** 0.5 if ends_half_block else 0.02)
-        for p in shift:
-            if self.config.shift_weights == "gate":
-                e = p.new_empty(self.config.shift_window, p.size(1)).exponential_()
-                p.copy_((e[:-1] / e[-1]).log())
-            else:
-                p.uniform_()
-                p[-1] = 1.0 - p[:-1].sum(0)
-        D = self.config.head_dim
-        frequencies = self.config.rope_base ** -(torch.arange(D // 2, device=self.cos.device) * 2.0 / D)
-        angles = torch.arange(self.config.block_size, device=self.cos.device)[:, None, None] * frequencies
+                w.normal_(std=0.02 / (2 * c.n_layer) ** 0.5 if ends_half_block else 0.02)
+            if isinstance(p, DTensor):  # FSDP: this process keeps its shard
+                w = distribute_tensor(w.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+            p.copy_(w)
+        frequencies = c.rope_base ** -(torch.arange(c.head_dim // 2) * 2.0 / c.head_dim)
+        angles = torch.arange(c.block_size)[:, None, None] * frequencies
         self.cos.copy_(torch.cat([angles.cos(), angles.cos()], dim=-1))
         self.sin.copy_(torch.cat([-angles.sin(), angles.sin()], dim=-1))
 
@@ -270,7 +280,10 @@ class GPT(nn.Module):
         x = self.dropout(self.embed(idx))
         cos, sin = self.cos[past:end].to(x.dtype), self.sin[past:end].to(x.dtype)
         for block in self.blocks:
-            x = block(x, cos, sin, cache)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, cache)
         if cache is not None:
             cache.length = end
         return self.norm(x)

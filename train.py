@@ -1,6 +1,8 @@
-"""Trains a GPT with KV-shifting attention: on a CPU, one CUDA GPU or an Apple GPU, found by itself.
+"""Trains a GPT with KV-shifting attention: on a CPU, a CUDA GPU or an Apple GPU, found by itself, or on many.
 
     python train.py config/quickstart.py --out_dir=out/mine --kv_shift=none
+    torchrun --nproc_per_node=8 train.py config/gpt2.py                       one process a GPU
+    torchrun --nproc_per_node=8 train.py config/paper_6.7b.py --fsdp=True     weights and optimizer shared out, too
 
 The same command again goes on where a run was stopped, and says so where it is complete. Everything random at a step is
 a function of (seed, step, rank), so that a run that was stopped, killed or moved ends as one that was not.
@@ -23,10 +25,14 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError, make, parse, run
 from data import FOLDER, Corpus, Tokenizer, TrainBatches, atomic_write, val_starts
-from model import GPT, GPTConfig, estimate_flops, peak_flops
+from model import GPT, PEAK_FLOPS, GPTConfig, estimate_flops, peak_flops
 
 
 @dataclass
@@ -38,7 +44,7 @@ class TrainConfig(GPTConfig):
     resume: Literal["auto", "yes", "no"] = "auto"  # go on if there is a checkpoint | there must be one | start over
     # optimization
     batch_size: int = 32  # sequences a step, over all micro-batches and processes
-    micro_batch_size: int = 0  # sequences a forward pass; the gradients of several are added up; 0: batch_size
+    micro_batch_size: int = 0  # sequences a forward pass of one process, gradients being added up; 0: all of its share
     max_steps: int = 2000  # optimizer steps
     learning_rate: float = 1e-3  # the highest, after warm-up
     min_lr: float = 1e-4  # where cosine and linear end
@@ -57,37 +63,62 @@ class TrainConfig(GPTConfig):
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: bfloat16 where CUDA has it
     compile: bool | None = None  # torch.compile; None: on CUDA only
+    fsdp: bool = False  # share weights, gradients and optimizer out over the processes, for models that a GPU can't hold
+    recompute: bool = False  # keep no activations inside a block: less memory, a third more arithmetic
+    dry_run: bool = False  # print parameters, FLOPs, memory and days, and stop
+    dry_run_mfu: float = 0.4  # share of an H100's peak that the dry run counts on
 
     def __post_init__(self):
         super().__post_init__()
-        self.micro_batch_size = self.micro_batch_size or self.batch_size
-        for name in ("batch_size", "micro_batch_size", "log_every", "eval_every", "checkpoint_every"):
+        for name in ("batch_size", "log_every", "eval_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("seed", "max_steps", "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "eval_tokens"):
+        for name in ("seed", "max_steps", "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "eval_tokens",
+                     "micro_batch_size"):
             if not 0 <= getattr(self, name) < 2**32:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 2^32")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f"beta1={self.beta1} and beta2={self.beta2} must be at least 0 and below 1")
-        if self.batch_size % self.micro_batch_size:
-            raise ValueError(f"batch_size={self.batch_size} must be divisible by micro_batch_size={self.micro_batch_size}")
+        if not 0 < self.dry_run_mfu <= 1:
+            raise ValueError(f"dry_run_mfu={self.dry_run_mfu} must be above 0 and at most 1")
 
 
 # A run may go on with other values of these; any other difference makes it another run.
 FREE_TO_CHANGE = {"out_dir", "resume", "micro_batch_size", "log_every", "eval_every", "eval_tokens", "checkpoint_every",
-                  "device", "dtype", "compile"}
+                  "device", "dtype", "compile", "fsdp", "recompute", "dry_run", "dry_run_mfu"}
 
 
 def main():
     config = parse(TrainConfig, sys.argv[1:])
-    device, dtype = choose_device(config.device, config.dtype)
+    if config.dry_run:
+        return print_dry_run(config)
+
+    # --- processes and devices: torchrun starts the processes and tells each its place
+    distributed = "RANK" in os.environ
+    rank, world_size, local_rank = (int(os.environ[key]) if distributed else default
+                                    for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    on_gpus = distributed and config.device in ("auto", "cuda") and torch.cuda.is_available()
+    device, dtype = choose_device(f"cuda:{local_rank}" if on_gpus else config.device, config.dtype)
+    share = config.batch_size // world_size
+    config.micro_batch_size = config.micro_batch_size or share
+    if share < 1 or config.batch_size % (world_size * config.micro_batch_size):
+        raise UserError(f"batch_size={config.batch_size} must be divisible by micro_batch_size={config.micro_batch_size} "
+                        f"times {world_size} processes")
+    if config.fsdp and not (distributed and dtype in (torch.float32, torch.bfloat16)):
+        raise UserError("fsdp=True needs torchrun (torchrun --nproc_per_node=8 train.py ...) and float32 or bfloat16")
+    if distributed:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     compiled = device.type == "cuda" if config.compile is None else config.compile
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what is not in lower precision anyway
-    rank, world_size = 0, 1
 
     # --- data
-    corpus = open_corpus(config.dataset)
+    if rank == 0:
+        prepare_corpus(config.dataset)
+    from_rank_0(None)  # the others wait until it is there
+    corpus = Corpus(FOLDER / config.dataset)
     if config.vocab_size and config.vocab_size < corpus.vocab_size:
         raise UserError(f"vocab_size={config.vocab_size} is too small for the {corpus.vocab_size} ids of {corpus.folder}")
     config.vocab_size = config.vocab_size or corpus.vocab_size
@@ -96,45 +127,62 @@ def main():
 
     # --- where the run stands; `step` is the number of steps done
     out_dir = Path(config.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint = find_checkpoint(config, corpus)
-    step, resumed_at, seconds = 0, -1, 0.0  # seconds of training, without evaluating and saving
-    best, best_step = math.inf, 0
-    figures = []  # (loss, gradient norm) of each step since the last line of the log
-    if checkpoint is not None:
-        step = resumed_at = checkpoint["step"]
-        best, best_step = checkpoint["best_val_loss"], checkpoint["best_step"]
-        figures, seconds = checkpoint["figures"], checkpoint["seconds"]
-        if step >= config.max_steps:
+    checkpoint = None
+    if rank == 0:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint = find_checkpoint(config, corpus)
+    stands = from_rank_0(checkpoint and checkpoint["run"])
+    resumed_at = stands["step"] if stands else -1
+    stands = stands or {"step": 0, "seconds": 0.0, "best": math.inf, "best_step": 0, "figures": []}
+    step = stands["step"]
+    seconds = stands["seconds"]  # of training, without evaluating and saving
+    best, best_step = stands["best"], stands["best_step"]
+    figures = stands["figures"]  # (loss, gradient norm) of each step since the last line of the log
+    if resumed_at >= config.max_steps:
+        if rank == 0:
             print(f"{out_dir} is complete: step {step} of {config.max_steps}, best val loss {best:.4f} at step {best_step} "
                   "(--resume=no starts over)")
-            return
-        print(f"going on from step {step} of {out_dir / 'ckpt.pt'}")
-        cut_log(out_dir / "log.jsonl", step)
+        return
 
     # --- model and optimizer
+    with torch.device("meta"):  # without memory, so that FSDP can give each process its shard alone
+        model = GPT(config)
+    if config.fsdp:
+        shard(model, device, dtype, world_size)
     torch.manual_seed(config.seed)
-    model = GPT(config).to(device)
+    model.materialize(device)
+    model.recompute = config.recompute
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    if checkpoint is not None:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        del checkpoint
+    if resumed_at >= 0:
+        tensors = checkpoint or {"model": {}, "optimizer": {}}
+        set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"],
+                       options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed))
+        scaler.load_state_dict(stands["scaler"])
+        del checkpoint, tensors
     fast_model = torch.compile(model) if compiled else model
+    train_model = fast_model
+    if distributed and not config.fsdp:
+        train_model = DistributedDataParallel(fast_model, gradient_as_bucket_view=True)
 
+    # --- what is said, once
     n_parameters = sum(p.numel() for p in model.parameters())
-    log = open(out_dir / "log.jsonl", "a")
-    if resumed_at < 0:
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-        header = {"config": asdict(config), "parameters": n_parameters, "device": device_name, "versions": versions,
-                  "corpus": {"tokens": corpus.tokens, "sha256": corpus.sha256}, "started": time.strftime("%F %T")}
-        print(json.dumps(header), file=log, flush=True)
-    print(f"{n_parameters / 1e6:.2f}M parameters, kv_shift={config.kv_shift}, on {device_name} in {dtype}"
-          f"{', compiled' if compiled else ''}; {corpus.tokens['train'] / 1e6:,.1f}M tokens in {corpus.folder.name}, "
-          f"{config.batch_size * config.block_size:,} a step; checkpoints and log go to {out_dir}")
+    log = open(os.devnull, "w")
+    if rank == 0:
+        if resumed_at >= 0:
+            print(f"going on from step {step} of {out_dir / 'ckpt.pt'}")
+            cut_log(out_dir / "log.jsonl", step)
+        log = open(out_dir / "log.jsonl", "a")
+        if resumed_at < 0:
+            versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+            header = {"config": asdict(config), "parameters": n_parameters, "device": device_name, "processes": world_size,
+                      "versions": versions, "corpus": {"tokens": corpus.tokens, "sha256": corpus.sha256},
+                      "started": time.strftime("%F %T")}
+            print(json.dumps(header), file=log, flush=True)
+        print(f"{n_parameters / 1e6:.2f}M parameters, kv_shift={config.kv_shift}, on {world_size} x {device_name} in {dtype}"
+              f"{', compiled' if compiled else ''}; {corpus.tokens['train'] / 1e6:,.1f}M tokens in {corpus.folder.name}, "
+              f"{config.batch_size * config.block_size:,} a step; checkpoints and log go to {out_dir}")
 
     # --- the loop
     stop = Stop()
@@ -143,12 +191,12 @@ def main():
     logged_step, logged_seconds = step, seconds
     started = clock = time.perf_counter()
     while True:
-        stopped_by = stop.signal  # read once: a signal that comes while we evaluate or save waits for the next step
+        stopped_by = agree(stop.signal)  # read once: a signal that comes while we evaluate or save waits for the next step
         last = step == config.max_steps
         new = step > resumed_at
         log_now = new and step > 0 and (last or step % config.log_every == 0)
         evaluate_now = new and (last or step % config.eval_every == 0)
-        save_now = stopped_by or new and step > 0 and (last or step % config.checkpoint_every == 0)
+        save_now = new and step > 0 and (last or stopped_by or step % config.checkpoint_every == 0)
         if log_now or evaluate_now or save_now:
             figures += fetch_figures(pending, step, config, scaler.is_enabled())  # waits for the device
             seconds += time.perf_counter() - clock
@@ -164,21 +212,23 @@ def main():
                     line["mfu"] = round(tokens_per_s * estimate_flops(config) / (peak * world_size), 4)
                 figures, logged_step, logged_seconds = [], step, seconds
             if evaluate_now:
-                line["val_loss"] = evaluate(fast_model, corpus, config, device, autocast)
+                line["val_loss"] = evaluate(fast_model, corpus, config, device, autocast, rank, world_size)
                 if not math.isfinite(line["val_loss"]):
                     raise UserError(f"the val loss is {line['val_loss']} after step {step}: lower --learning_rate; "
                                     f"the last good checkpoint is still in {out_dir}")
-                if line["val_loss"] < best:
-                    best, best_step = line["val_loss"], step
-                    save_checkpoint(out_dir / "best.pt", model, config, corpus, step=step, best_val_loss=best)
-            if log_now or evaluate_now:
+            improved = evaluate_now and line["val_loss"] < best
+            if improved:
+                best, best_step = line["val_loss"], step
+            run_state = {"step": step, "seconds": seconds, "best": best, "best_step": best_step, "figures": figures,
+                         "scaler": scaler.state_dict()}
+            if improved:
+                save_checkpoint(out_dir / "best.pt", model, None, config, corpus, run_state)
+            if rank == 0 and (log_now or evaluate_now):
                 seconds_left = (time.perf_counter() - started) / max(1, step - max(0, resumed_at)) * (config.max_steps - step)
                 print(console_line(line, config, seconds_left), flush=True)
                 print(json.dumps(line), file=log, flush=True)
             if save_now:
-                save_checkpoint(out_dir / "ckpt.pt", model, config, corpus, step=step, best_val_loss=best, best_step=best_step,
-                                figures=figures, seconds=seconds, optimizer=optimizer.state_dict(),
-                                scaler=scaler.state_dict())
+                save_checkpoint(out_dir / "ckpt.pt", model, optimizer, config, corpus, run_state)
             clock = time.perf_counter()
         if last or stopped_by:
             break
@@ -191,10 +241,12 @@ def main():
             group["lr"] = learning_rate(step, config)
         micro_batches = torch.from_numpy(batch).split(config.micro_batch_size)
         loss = torch.zeros((), device=device)
-        for tokens in micro_batches:  # (micro_batch_size, block_size + 1)
+        for i, tokens in enumerate(micro_batches, start=1):  # (micro_batch_size, block_size + 1)
+            if distributed:  # the processes exchange gradients once a step, in the backward pass of the last micro-batch
+                synchronize(train_model, i == len(micro_batches))
             tokens = (tokens.pin_memory() if device.type == "cuda" else tokens).to(device, non_blocking=True)
             with autocast:
-                micro_loss = fast_model(tokens[:, :-1], tokens[:, 1:]) / len(micro_batches)
+                micro_loss = train_model(tokens[:, :-1], tokens[:, 1:]) / len(micro_batches)
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
         scaler.unscale_(optimizer)
@@ -202,17 +254,22 @@ def main():
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        pending.append(torch.stack([loss, norm]))
+        pending.append(torch.stack([loss, norm.full_tensor() if config.fsdp else norm]))
         step += 1
         batch = batches(step, rank, world_size) if step < config.max_steps else None  # read while a GPU is still at work
 
-    if stopped_by and not last:
+    if rank == 0 and last:
+        print(f"\ndone: best val loss {best:.4f} at step {best_step}\n"
+              f"{out_dir} has best.pt (the model at that step), ckpt.pt (the latest) and log.jsonl (every figure above)\n")
+        if not config.fsdp:
+            print_sample(model, Tokenizer(corpus.tokenizer), device)
+        print(f"\nmore of it: python sample.py --out_dir={out_dir}")
+    elif rank == 0:
         print(f"stopped by {stopped_by.name} after step {step} and saved: the same command goes on from there")
+    if distributed:
+        dist.destroy_process_group()
+    if not last:
         sys.exit(128 + stopped_by)
-    print(f"\ndone: best val loss {best:.4f} at step {best_step}\n"
-          f"{out_dir} has best.pt (the model at that step), ckpt.pt (the latest) and log.jsonl (every figure above)\n")
-    print_sample(model, Tokenizer(corpus.tokenizer), device)
-    print(f"\nmore of it: python sample.py --out_dir={out_dir}")
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -230,8 +287,35 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     return device, getattr(torch, dtype)
 
 
-def open_corpus(dataset: str) -> Corpus:
-    """The corpus of that name or path; one that is prepared in seconds is prepared here."""
+def from_rank_0(value):
+    """Process 0's value, in every process."""
+    values = [value]
+    if dist.is_initialized():
+        with peers_are_there():
+            dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def agree(number: int | None) -> signal.Signals | None:
+    """The signal that any process has got, in all of them."""
+    numbers = torch.tensor(number or 0)
+    if dist.is_initialized():
+        with peers_are_there():
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)  # on the CPU: a GPU goes on meanwhile
+    return signal.Signals(numbers.item()) if numbers else None
+
+
+@contextlib.contextmanager
+def peers_are_there():
+    """Ends this process where another one is gone, which will have said why."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(f"another process of this run has stopped ({str(error).splitlines()[0]})") from None
+
+
+def prepare_corpus(dataset: str):
+    """Prepares a missing corpus, if that takes no more than seconds."""
     folder = FOLDER / dataset
     if dataset in ("pystdlib", "shakespeare_char") and not (folder / "meta.json").exists():
         print(f"preparing {folder}", flush=True)
@@ -241,7 +325,23 @@ def open_corpus(dataset: str) -> Corpus:
         known = sorted(p.parent.name for p in FOLDER.glob("*/meta.json"))
         raise UserError(f"no corpus {dataset!r} in data/ (prepared: {', '.join(known) or 'none'}); "
                         "data/text/prepare.py makes one of your own text")
-    return Corpus(folder)
+
+
+def shard(model: GPT, device: torch.device, dtype: torch.dtype, world_size: int):
+    """Shares the model's weights, gradients and optimizer out over the processes (FSDP2): each block's are gathered when
+    it is their turn. Weights stay in float32, and are gathered and multiplied in `dtype`."""
+    mesh = dist.device_mesh.init_device_mesh(device.type, (world_size,))
+    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+
+
+def synchronize(model, now: bool):
+    """Whether the next backward pass exchanges gradients."""
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = now
+    else:
+        model.set_requires_gradient_sync(now)
 
 
 def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
@@ -269,31 +369,40 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 @torch.no_grad()
-def evaluate(model, corpus: Corpus, config: TrainConfig, device, autocast) -> float:
-    """Mean loss in nats over the fixed windows of val.bin, the same for every run and batch size."""
+def evaluate(model, corpus: Corpus, config: TrainConfig, device, autocast, rank: int = 0, world_size: int = 1) -> float:
+    """Mean loss in nats over the fixed windows of val.bin, the same for every run, batch size and number of processes."""
     starts = val_starts(corpus, config.block_size, config.eval_tokens)
     model.eval()
     total = torch.zeros((), device=device)
-    for i in range(0, len(starts), config.micro_batch_size):
-        tokens = torch.from_numpy(corpus.windows("val", starts[i : i + config.micro_batch_size], config.block_size))
-        # the last batch is filled up with rows that do not count, so that a compiled model sees one shape alone
-        filled = torch.full((config.micro_batch_size, config.block_size + 1), -1)
-        filled[: len(tokens)] = tokens
-        filled = filled.to(device)
+    B = config.micro_batch_size
+    for i in range(rank * B, -(-len(starts) // (B * world_size)) * B * world_size, B * world_size):
+        # all processes do as many forward passes, all of one shape: where windows run out, rows that do not count (-1)
+        tokens = torch.full((B, config.block_size + 1), -1)
+        windows = corpus.windows("val", starts[i : i + B], config.block_size)
+        tokens[: len(windows)] = torch.from_numpy(windows)
+        tokens = tokens.to(device)
         with autocast:
-            total += model(filled[:, :-1].clamp(min=0), filled[:, 1:], reduction="sum")
+            total += model(tokens[:, :-1].clamp(min=0), tokens[:, 1:], reduction="sum")
     model.train()
+    if dist.is_initialized():
+        dist.all_reduce(total)
     return total.item() / (len(starts) * config.block_size)
 
 
 def fetch_figures(pending: list, step: int, config: TrainConfig, scaled: bool) -> list[list[float]]:
     """Empties `pending` of (loss, gradient norm) of the steps up to `step`; returns them as numbers, once all are finite.
 
-    This is the one place where the host waits for the device. Float16's gradients may overflow (the scaler skips such
-    a step), its loss may not.
+    This is the one place where the host waits for the device. Losses are averaged over the processes. Float16's
+    gradients may overflow (the scaler skips such a step), its loss may not.
     """
-    figures = torch.stack(pending).tolist() if pending else []
+    if not pending:
+        return []
+    figures = torch.stack(pending)  # (steps, 2)
     pending.clear()
+    if dist.is_initialized():
+        dist.all_reduce(figures)
+        figures /= dist.get_world_size()
+    figures = figures.tolist()
     for i, (loss, norm) in enumerate(figures, start=step - len(figures)):
         if not math.isfinite(loss) or not (scaled or math.isfinite(norm)):
             raise UserError(f"step {i + 1} has loss {loss} and gradient norm {norm} at learning rate "
@@ -330,12 +439,19 @@ def console_line(line: dict, config: TrainConfig, seconds_left: float) -> str:
     return " | ".join(parts)
 
 
-def save_checkpoint(path: Path, model: GPT, config: TrainConfig, corpus: Corpus, **state):
-    """Writes model, config, tokenizer and `state` to a file that `load_checkpoint` reads. best.pt has no optimizer."""
-    checkpoint = {"format": 1, "model": model.state_dict(), "config": asdict(config), "tokenizer": corpus.tokenizer,
-                  "corpus_sha256": corpus.sha256} | state
+def save_checkpoint(path: Path, model: GPT, optimizer, config: TrainConfig, corpus: Corpus, run_state: dict):
+    """Writes a single file that `load_checkpoint` reads, whatever the number of processes; all of them call this.
+    Without an optimizer (best.pt) it can be sampled from, not resumed."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    if optimizer is None:
+        tensors = {"model": get_model_state_dict(model, options=options)}
+    else:
+        tensors = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True))
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
     with atomic_write(path) as f:
-        torch.save(checkpoint, f)
+        torch.save({"format": 1, "config": asdict(config), "tokenizer": corpus.tokenizer, "corpus_sha256": corpus.sha256,
+                    "run": run_state} | tensors, f)
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -409,6 +525,40 @@ def cut_log(path: Path, step: int):
                 kept.append(line + "\n")
     with atomic_write(path) as f:
         f.write("".join(kept).encode())
+
+
+def print_dry_run(config: TrainConfig):
+    """What a run of this config would take, without a weight being allocated."""
+    with torch.device("meta"):
+        model = GPT(config)
+    n = sum(p.numel() for p in model.parameters())
+    n_embeddings = sum(p.numel() for p in {model.embed.weight, model.head.weight})
+    flops, tokens = estimate_flops(config), config.batch_size * config.block_size * config.max_steps
+    print(f"parameters: {n:,} ({n / 1e9:.2f}B), {n - n_embeddings:,} without embeddings")
+    print(f"{flops / 1e9:,.1f} GFLOPs a token (forward, backward, attention); {config.max_steps:,} steps of "
+          f"{config.batch_size * config.block_size:,} tokens = {tokens / 1e9:,.1f}B tokens, {flops * tokens:.2e} FLOPs")
+    print(f"days at {config.dry_run_mfu:.0%} of {PEAK_FLOPS['H100'] / 1e12:.0f} TFLOP/s (an H100's bfloat16 peak), and memory a "
+          "GPU: float32 weights, gradients and\ntwo AdamW moments (16 bytes a parameter), bfloat16 copies of the weights in use, "
+          "and about what a forward pass keeps")
+    print(f"\n{'GPUs':>5} {'days':>9} {'GB, DDP':>9} {'GB, FSDP':>9} {'sequences a pass':>18}")
+    for gpus in (1, 8, 64, 512):
+        share = max(1, config.batch_size // gpus)
+        B = min(config.micro_batch_size or share, share)
+        kept = activation_bytes(config, B)
+        block = 2 * sum(p.numel() for p in model.blocks[0].parameters()) + 2 * n_embeddings  # gathered: two blocks and the root
+        days = flops * tokens / (gpus * PEAK_FLOPS["H100"] * config.dry_run_mfu) / 86_400
+        print(f"{gpus:>5} {days:>9,.1f} {(18 * n + kept) / 1e9:>9,.1f} {(16 * n / gpus + 2 * block + kept) / 1e9:>9,.1f} {B:>18}")
+
+
+def activation_bytes(config: TrainConfig, B: int) -> int:
+    """About what a forward pass over B sequences keeps for the backward pass, in bytes, in bfloat16 and compiled."""
+    c, tokens = config, B * config.block_size
+    kv = 2 * c.n_kv_head * c.head_dim
+    # a block's input and middle (float32), both norms' outputs, q k v before and after shift and rotation, attention's
+    # output, gate and up and their product: two bytes each
+    block = tokens * (2 * 4 * c.n_embd + 2 * (2 * c.n_embd + 2 * (c.n_embd + kv) + c.n_embd + 3 * c.ffn_size))
+    blocks = tokens * 4 * c.n_embd * c.n_layer + block if c.recompute else block * c.n_layer
+    return blocks + tokens * c.padded_vocab_size * (2 + 4)  # logits, and their softmax in float32
 
 
 def print_sample(model: GPT, tokenizer: Tokenizer, device):

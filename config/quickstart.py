@@ -11,12 +11,12 @@ block_size = 128
 kv_shift = "kv"
 
 batch_size = 16
-max_steps = 1500
+max_steps = 1200
 learning_rate = 3e-3
 min_lr = 3e-4
 warmup_steps = 50
 
-eval_every = 250
+eval_every = 200
 eval_tokens = 131_072
-checkpoint_every = 250
+checkpoint_every = 200
 log_every = 25

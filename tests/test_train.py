@@ -36,14 +36,14 @@ def same(a, b) -> bool:
         return torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
+    if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
 
 
 def assert_same_run(a, b):
     one, other = load_checkpoint(a / "ckpt.pt"), load_checkpoint(b / "ckpt.pt")
-    assert one["step"] == other["step"] == 40
+    assert one["run"]["step"] == other["run"]["step"] == 40
     assert same(one["model"], other["model"]) and same(one["optimizer"], other["optimizer"])
     assert same(load_checkpoint(a / "best.pt")["model"], load_checkpoint(b / "best.pt")["model"])
     assert log_of(a) == log_of(b)
@@ -70,7 +70,7 @@ def test_a_run_stopped_by_a_signal_ends_as_one_that_was_not(call, corpus, tmp_pa
         monkeypatch.setattr(train, "dropout_seed", interrupted)
         code, out, err = call(train.main, *arguments)
         assert code == 128 + number and f"stopped by {number.name} after step {stop_at + 1}" in out
-        assert load_checkpoint(tmp_path / "stopped" / "ckpt.pt")["step"] == stop_at + 1
+        assert load_checkpoint(tmp_path / "stopped" / "ckpt.pt")["run"]["step"] == stop_at + 1
     monkeypatch.setattr(train, "dropout_seed", seed)
     code, out, _ = call(train.main, *arguments)
     assert code == 0 and f"going on from step {steps[-1] + 1}" in out
@@ -83,7 +83,7 @@ def test_a_signal_while_the_model_is_evaluated_or_saved_loses_nothing(call, corp
         monkeypatch.setattr(train, name, first_call(getattr(train, name), lambda: signal.raise_signal(signal.SIGTERM)))
         code, out, _ = call(train.main, *arguments)
         monkeypatch.undo()
-        saved = load_checkpoint(tmp_path / "stopped" / "ckpt.pt")["step"]
+        saved = load_checkpoint(tmp_path / "stopped" / "ckpt.pt")["run"]["step"]
         assert code == 128 + signal.SIGTERM and f"stopped by SIGTERM after step {saved} and saved" in out
     assert call(train.main, *arguments)[0] == 0
     assert_same_run(whole_run, tmp_path / "stopped")
@@ -111,7 +111,7 @@ def test_a_run_killed_with_sigkill_goes_on_from_its_last_checkpoint(corpus, tmp_
                 break
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    assert 0 < load_checkpoint(out_dir / "ckpt.pt")["step"]
+    assert 0 < load_checkpoint(out_dir / "ckpt.pt")["run"]["step"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert_same_run(whole_run, out_dir)
 
@@ -148,7 +148,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(call, corpus, tmp_path, monkeypa
     save = torch.save
 
     def half(checkpoint, f):
-        if checkpoint["step"] > 2:
+        if checkpoint["run"]["step"] > 2:
             f.write(b"half a checkpoint")
             raise error
         save(checkpoint, f)
@@ -160,7 +160,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(call, corpus, tmp_path, monkeypa
     else:
         with pytest.raises(RuntimeError):
             call(train.main, *arguments)
-    assert load_checkpoint(out_dir / "ckpt.pt")["step"] == 2
+    assert load_checkpoint(out_dir / "ckpt.pt")["run"]["step"] == 2
     assert sorted(path.name for path in out_dir.iterdir()) == ["best.pt", "ckpt.pt", "log.jsonl"]
     monkeypatch.undo()
     assert call(train.main, *arguments)[0] == 0
@@ -172,7 +172,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(call,
     arguments = options(TINY, dataset=corpus, out_dir=out_dir, max_steps=30, checkpoint_every=5, eval_every=5)
     code, out, err = call(train.main, *arguments)
     assert code == 2 and "step 8 has loss" in err and "learning rate 1e+30" in err and err.count("\n") == 1
-    assert load_checkpoint(out_dir / "ckpt.pt")["step"] == 5 and load_checkpoint(out_dir / "best.pt")["step"] == 5
+    assert load_checkpoint(out_dir / "ckpt.pt")["run"]["step"] == 5 and load_checkpoint(out_dir / "best.pt")["run"]["step"] == 5
     assert all(math.isfinite(line.get("loss", 0)) for line in log_of(out_dir)[1:])
 
 
@@ -181,8 +181,8 @@ def test_best_is_never_replaced_by_a_worse_model(call, corpus, tmp_path, monkeyp
     monkeypatch.setattr(train, "evaluate", lambda *arguments: next(losses))
     code, _, err = call(train.main, *options(TINY, dataset=corpus, out_dir=tmp_path, eval_every=1, checkpoint_every=1))
     assert code == 2 and "the val loss is nan after step 4" in err
-    assert load_checkpoint(tmp_path / "best.pt")["best_val_loss"] == 3.0
-    assert load_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
+    assert load_checkpoint(tmp_path / "best.pt")["run"]["best"] == 3.0
+    assert load_checkpoint(tmp_path / "ckpt.pt")["run"]["step"] == 3
 
 
 def test_what_an_earlier_run_left_is_moved_aside(call, corpus, tmp_path):
@@ -345,14 +345,14 @@ def test_another_run_in_the_same_folder_is_refused(call, corpus, tmp_path, more,
     more = [argument.replace("=other", f"={tmp_path / 'other'}") for argument in more]
     code, _, err = call(train.main, *arguments, *more)
     assert code == 2 and "is of another run" in err and message in err and err.count("\n") == 1
-    assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 4
+    assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["run"]["step"] == 4
 
 
 def test_a_corpus_prepared_anew_is_noticed_and_a_constant_rate_may_go_on(call, corpus, tmp_path):
     arguments = options(TINY, dataset=corpus, out_dir=tmp_path / "out", lr_schedule="constant")
     call(train.main, *arguments)
     assert call(train.main, *arguments, "--max_steps=6", "--eval_every=3", "--dtype=bfloat16")[0] == 0
-    assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 6
+    assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["run"]["step"] == 6
     meta = json.loads((corpus / "meta.json").read_text())
     edit(corpus / "meta.json", sha256=meta["sha256"] | {"train": "0" * 64})
     code, _, err = call(train.main, *arguments, "--max_steps=8")
