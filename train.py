@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -92,7 +93,22 @@ def main():
     config = parse(TrainConfig, sys.argv[1:])
     if config.dry_run:
         return print_dry_run(config)
+    try:
+        code = train(config)
+    except Exception as error:
+        if not dist.is_initialized():
+            raise
+        code = 2 if isinstance(error, (UserError, OSError)) else 1
+        print(f"train.py: {error}" if code == 2 else traceback.format_exc(), file=sys.stderr)
+    if dist.is_initialized():  # taking a process group down can hang, above all where it has lost a process: just leave
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
+
+def train(config: TrainConfig) -> int:
+    """The whole of it; returns the exit code, 0 or 128 + the signal that stopped it."""
     # --- processes and devices: torchrun starts the processes and tells each its place
     distributed = "RANK" in os.environ
     rank, world_size, local_rank = (int(os.environ[key]) if distributed else default
@@ -142,7 +158,7 @@ def main():
         if rank == 0:
             print(f"{out_dir} is complete: step {step} of {config.max_steps}, best val loss {best:.4f} at step {best_step} "
                   "(--resume=no starts over)")
-        return
+        return 0
 
     # --- model and optimizer
     with torch.device("meta"):  # without memory, so that FSDP can give each process its shard alone
@@ -156,11 +172,13 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if resumed_at >= 0:
-        tensors = checkpoint or {"model": {}, "optimizer": {}}
-        set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"],
-                       options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed))
+        checkpoint = checkpoint or load_checkpoint(out_dir / "ckpt.pt")  # every process takes its part of the one file
+        if checkpoint["run"]["step"] != step:
+            raise UserError(f"{out_dir} is not the same folder for all processes: the nodes have to share it")
+        set_state_dict(model, optimizer, model_state_dict=checkpoint["model"], optim_state_dict=checkpoint["optimizer"],
+                       options=StateDictOptions(full_state_dict=True))
         scaler.load_state_dict(stands["scaler"])
-        del checkpoint, tensors
+        del checkpoint
     fast_model = torch.compile(model) if compiled else model
     train_model = fast_model
     if distributed and not config.fsdp:
@@ -266,10 +284,7 @@ def main():
         print(f"\nmore of it: python sample.py --out_dir={out_dir}")
     elif rank == 0:
         print(f"stopped by {stopped_by.name} after step {step} and saved: the same command goes on from there")
-    if distributed:
-        dist.destroy_process_group()
-    if not last:
-        sys.exit(128 + stopped_by)
+    return 0 if last else 128 + stopped_by
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -455,12 +470,12 @@ def save_checkpoint(path: Path, model: GPT, optimizer, config: TrainConfig, corp
 
 
 def load_checkpoint(path: Path) -> dict:
-    """A checkpoint, on the CPU; a file that is missing, damaged, or no checkpoint of ours is a UserError."""
+    """A checkpoint, its tensors left in the file until they are used; one that is missing, damaged or not ours is a UserError."""
     try:
         with zipfile.ZipFile(path) as archive:  # what torch.save writes; torch itself does not compare the checksums
             if damaged := archive.testzip():
                 raise UserError(f"{path} is damaged: {damaged} does not match its checksum")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if checkpoint["format"] != 1:
             raise UserError(f"{path} has format {checkpoint['format']}, this version reads format 1")
     except FileNotFoundError:
@@ -529,6 +544,7 @@ def cut_log(path: Path, step: int):
 
 def print_dry_run(config: TrainConfig):
     """What a run of this config would take, without a weight being allocated."""
+    config.vocab_size = config.vocab_size or Corpus(FOLDER / config.dataset).vocab_size
     with torch.device("meta"):
         model = GPT(config)
     n = sum(p.numel() for p in model.parameters())
