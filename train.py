@@ -196,7 +196,7 @@ def train(config: TrainConfig) -> int:
             versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
             header = {"config": asdict(config), "parameters": n_parameters, "device": device_name, "processes": world_size,
                       "versions": versions, "corpus": {"tokens": corpus.tokens, "sha256": corpus.sha256},
-                      "started": time.strftime("%F %T")}
+                      "started": time.strftime("%Y-%m-%d %H:%M:%S")}
             print(json.dumps(header), file=log, flush=True)
         print(f"{n_parameters / 1e6:.2f}M parameters, kv_shift={config.kv_shift}, on {world_size} x {device_name} in {dtype}"
               f"{', compiled' if compiled else ''}; {corpus.tokens['train'] / 1e6:,.1f}M tokens in {corpus.folder.name}, "
@@ -283,7 +283,7 @@ def train(config: TrainConfig) -> int:
             print_sample(model, Tokenizer(corpus.tokenizer), device)
         print(f"\nmore of it: python sample.py --out_dir={out_dir}")
     elif rank == 0:
-        print(f"stopped by {stopped_by.name} after step {step} and saved: the same command goes on from there")
+        print(f"stopped by {stopped_by.name} after step {step}: the same command goes on from there")
     return 0 if last else 128 + stopped_by
 
 

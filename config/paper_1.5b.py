@@ -1,6 +1,6 @@
 # The paper's 1.5B model: 10B tokens, 1.0M a step. The paper's data and its tokenizer (36,000 ids) are not public:
-# OpenWebText and GPT-2's BPE stand in. Needs one 80 GB GPU will do, eight are better;
-# `python train.py config/paper_1.5b.py --dry_run=True` prints memory and days.
+# OpenWebText and GPT-2's BPE stand in.
+# One 80 GB GPU will do, eight are better; add --dry_run=True to see memory and days.
 #   torchrun --nproc_per_node=8 train.py config/paper_1.5b.py
 out_dir = "out/paper_1.5b"
 dataset = "openwebtext"
