@@ -8,8 +8,6 @@ import contextlib
 import hashlib
 import json
 import os
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +70,9 @@ class Tokenizer:
             return np.frombuffer(text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text, np.uint8)
         text = utf8(text) if isinstance(text, bytes) else text
         if self.kind == "gpt2":
-            return np.array(self.bpe.encode_ordinary(text), dtype=np.uint16)
+            if not text.isascii():  # half a character, as a terminal may send, becomes U+FFFD
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return self.bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
         ids = self.ids[np.minimum(codes, len(self.ids) - 1)]
         if (ids < 0).any():
@@ -118,18 +118,60 @@ class CorpusWriter:
             corpus.write("train", ids)
 
     The files get their names at the end, meta.json last; after an error everything is as it was before.
+
+    What takes hours gives a `recipe`, all that the result depends on (for JSON), and calls corpus.save(place) now and then:
+    a later run with the same recipe, whatever stopped this one, finds that place in corpus.place and goes on from there.
     """
 
-    def __init__(self, folder, tokenizer: Tokenizer, source: str):
-        self.folder, self.tokenizer, self.source = Path(folder), tokenizer, source
+    def __init__(self, folder, tokenizer: Tokenizer, source: str, recipe: dict | None = None):
+        self.folder, self.tokenizer, self.source, self.recipe = Path(folder), tokenizer, source, recipe
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-        self.counts = {"train": 0, "val": 0}
-        self.hashes = {split: hashlib.sha256() for split in self.counts}
+        self.unfinished = self.folder / ".unfinished.tmp"  # what `save` writes
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.files = {split: open(self.folder / f".{split}.bin.tmp", "wb") for split in self.counts}
+        self.lock = lock(self.folder)
+        try:
+            self.place = self._go_on() if self.recipe else None
+            if self.place is None:
+                self.unfinished.unlink(missing_ok=True)
+                self.counts = {"train": 0, "val": 0}
+                self.hashes = {split: hashlib.sha256() for split in self.counts}
+                self.files = {split: open(self._temporary(split), "wb") for split in self.counts}
+        except BaseException:
+            os.close(self.lock)
+            raise
         return self
+
+    def _temporary(self, split: str) -> Path:
+        return self.folder / f".{split}.bin.tmp"
+
+    def _go_on(self):
+        """Opens the files of an earlier run as they were when it last saved its place, which is returned; None: there is
+        nothing to go on from."""
+        try:
+            saved = json.loads(self.unfinished.read_text())
+            others = [name for name in self.recipe if saved["recipe"].get(name) != self.recipe[name]]
+            if others:
+                print(f"starting over: what an earlier run left in {self.folder} has another {', '.join(others)}")
+                return None
+            self.counts, self.hashes, self.files = saved["tokens"], {}, {}
+            for split, count in self.counts.items():
+                path, final = self._temporary(split), self.folder / f"{split}.bin"
+                if not path.exists() and final.exists() and not (self.folder / "meta.json").exists():
+                    os.replace(final, path)  # it was stopped between giving the files their names and writing meta.json
+                self.files[split] = open(path, "r+b")
+                self.hashes[split] = sha256_of(self.files[split], count * self.dtype.itemsize)
+                self.files[split].truncate()
+                if self.hashes[split].hexdigest() != saved["sha256"][split]:
+                    raise ValueError(f"{path.name} changed")
+            print(f"going on from where an earlier run stopped, after {sum(self.counts.values()):,} tokens")
+            return saved["place"]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            print(f"starting over: what an earlier run left in {self.folder} is damaged ({error})")
+            return None
 
     def write(self, split: str, ids: np.ndarray):
         raw = np.asarray(ids).astype(self.dtype).tobytes()
@@ -137,26 +179,68 @@ class CorpusWriter:
         self.hashes[split].update(raw)
         self.counts[split] += len(ids)
 
+    def _flush(self):
+        for f in self.files.values():
+            f.flush()
+            os.fsync(f.fileno())
+
+    def _sha256(self) -> dict:
+        return {split: h.hexdigest() for split, h in self.hashes.items()}
+
+    def save(self, place):
+        """Keeps what is written so far, with the place (for JSON) that it goes up to."""
+        self._flush()
+        with atomic_write(self.unfinished) as f:
+            f.write(json.dumps({"recipe": self.recipe, "place": place, "tokens": self.counts, "sha256": self._sha256()}).encode())
+
     def __exit__(self, kind, error, trace):
+        whole = False
         try:
-            for f in self.files.values():
-                f.flush()
-                os.fsync(f.fileno())
             if kind is None:
+                self._flush()
                 (self.folder / "meta.json").unlink(missing_ok=True)  # from here to the last line there is no corpus
-                for f in self.files.values():
-                    os.replace(f.name, self.folder / Path(f.name).name[1:-4])
+                for split in self.files:
+                    os.replace(self._temporary(split), self.folder / f"{split}.bin")
                 meta = {"tokenizer": self.tokenizer.spec, "vocab_size": self.tokenizer.vocab_size,
                         "dtype": self.dtype.name,
-                        "tokens": self.counts,
-                        "sha256": {split: h.hexdigest() for split, h in self.hashes.items()}, "source": self.source}
+                        "tokens": self.counts, "sha256": self._sha256(), "source": self.source}
                 with atomic_write(self.folder / "meta.json") as f:
                     f.write(json.dumps(meta, indent=1).encode())
+                whole = True
         finally:
             for f in self.files.values():
                 with contextlib.suppress(OSError):
                     f.close()
-                Path(f.name).unlink(missing_ok=True)
+            if whole or not self.unfinished.exists():
+                for path in self.folder.glob(".*.tmp"):
+                    path.unlink()
+            else:
+                print(f"stopped; what is done stays in {self.folder}, and the same command goes on from there")
+            os.close(self.lock)
+
+
+def lock(folder):
+    """Keeps the folder from a second writer, until the descriptor returned is closed or this process is no more."""
+    if os.name != "posix":
+        return os.open(os.devnull, os.O_RDONLY)
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"another process is writing a corpus to {folder}") from None
+    return descriptor
+
+
+def sha256_of(f, size: int):
+    """The hash of the first `size` bytes of a file, which is left there."""
+    h = hashlib.sha256()
+    while size and (block := f.read(min(size, 1 << 20))):
+        h.update(block)
+        size -= len(block)
+    return h
 
 
 class Corpus:
@@ -241,20 +325,3 @@ def val_starts(corpus: Corpus, block_size: int, eval_tokens: int) -> np.ndarray:
                         f"{block_size} and the token after it: lower --block_size or prepare with a larger --val_fraction")
     n = (n_tokens - 1) // block_size
     return np.arange(max(1, min(n, eval_tokens // block_size)) if eval_tokens else n) * block_size
-
-
-class Progress:
-    """A line on stderr that says how much is done, how fast, and how long the rest will take."""
-
-    def __init__(self, total: int, unit: float = 1e6, name: str = "MB"):
-        self.total, self.unit, self.name = total, unit, name
-        self.start = self.shown = time.time()
-
-    def __call__(self, done: int):
-        now, terminal = time.time(), sys.stderr.isatty()
-        if now - self.shown < (1 if terminal else 30):
-            return
-        self.shown, seconds = now, now - self.start
-        print(f"{done / self.unit:,.1f} of {self.total / self.unit:,.1f} {self.name}, {done / self.unit / seconds:,.1f} "
-              f"{self.name}/s, {(self.total - done) * seconds / max(done, 1):,.0f} s left", file=sys.stderr,
-              end="\r" if terminal else "\n")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import data
 from config import UserError
-from data import Corpus, CorpusWriter, Tokenizer, TrainBatches, atomic_write, val_starts
+from data import Corpus, CorpusWriter, Tokenizer, TrainBatches, atomic_write, tokenizing, val_starts
 from data.pystdlib import prepare as prepare_pystdlib
 from data.shakespeare_char import prepare as prepare_shakespeare
 from data.text import prepare as prepare_text
@@ -174,7 +174,7 @@ def test_shakespeare_is_checked_before_anything_is_written(call, tmp_path, monke
 def small_bpe(monkeypatch):
     """GPT-2's way of splitting a text into words, with a few merges of our own in place of its 50,000 (no download)."""
     words = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-    merges = [b"  ", b"\n\n", b"\r\n", b" \n", b"\n ", b" a", b"no", b"in", b"ine", b"\n\n\n", b"x\n"]
+    merges = [b"  ", b"\n\n", b"\r\n", b" \n", b"\n ", b" a", b"no", b"in", b"ine", b"\n\n\n", b"x\n", b"\n\xc2", b"\n\xc2\xa0"]
     ranks = {bytes([i]): i for i in range(256)} | {merge: 256 + i for i, merge in enumerate(merges)}
     bpe = tiktoken.Encoding("small", pat_str=words, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256 + len(merges)})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: bpe)
@@ -184,13 +184,14 @@ def small_bpe(monkeypatch):
 @pytest.mark.parametrize("kind", ["bytes", "char", "gpt2"])
 def test_text_is_cut_where_tokens_are_not(call, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(prepare_text, "FOLDER", tmp_path)
-    documents = ["One  line\n\n\n  and another, naïve 😀\r\nline's end\n" * 40, "no line feed at all " * 30, "x\n" * 100]
+    documents = ["One  line\n\n\n  and another, naïve 😀\r\nline's end\n" * 40, "no line feed at all " * 30,
+                 "x\n" * 100 + "x\n\xa0\xa0x\n\u3000y\xa0\n" * 40]
     (tmp_path / "a.txt").write_bytes("<|endoftext|>\n".join(documents[:2]).replace("at all <|", "at all \n<|").encode())
     (tmp_path / "b.txt").write_bytes(documents[2].encode())
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
     results = []
     for size in (1 << 20, 64):  # in one piece, and in pieces of 64 bytes
-        monkeypatch.setattr(prepare_text, "PIECE", size)
+        monkeypatch.setattr(tokenizing, "PIECE", size)
         name = f"{kind}{size}"
         assert call(prepare_text.main, *files, f"--name={name}", f"--tokenizer={kind}", "--val_fraction=0.2")[0] == 0
         results.append(np.concatenate([tokens(tmp_path / name, split) for split in ("train", "val")]))
@@ -201,6 +202,20 @@ def test_text_is_cut_where_tokens_are_not(call, tmp_path, monkeypatch, kind):
         assert b"".join(texts).decode() == end.join(documents) + end
         assert 0.15 < len(texts[1]) / len(b"".join(texts)) < 0.21
     assert np.array_equal(*results)
+
+
+@pytest.mark.usefixtures("small_bpe")
+def test_a_text_that_is_not_utf8_is_named(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_text, "FOLDER", tmp_path)
+    (tmp_path / "a.txt").write_bytes("naïve\n".encode("latin1"))
+    code, _, err = call(prepare_text.main, tmp_path / "a.txt", "--tokenizer=gpt2")
+    assert code == 2 and "a.txt: the text is not UTF-8" in err and err.count("\n") == 1
+    assert not (tmp_path / "mytext" / "meta.json").exists()
+
+
+def test_half_a_character_can_be_encoded(small_bpe):
+    tokenizer = Tokenizer({"kind": "gpt2"})
+    assert tokenizer.decode(tokenizer.encode("é\ud800😀").tolist()) == "é\ufffd😀"
 
 
 def test_val_is_never_empty_where_there_is_one_line(call, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@
 
 Files are read in the order given, as UTF-8 (bytes: as they are). A line <|endoftext|> ends a document, and so does the
 end of a file. The last val_fraction of the whole text becomes val. Everything streams: memory stays flat on files of
-any size.
+any size. A long run that was stopped goes on where it was when the same command is given again.
 """
 
 import sys
@@ -15,9 +15,8 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from config import UserError, parse, run
-from data import FOLDER, CorpusWriter, Progress, Tokenizer, utf8
-
-PIECE = 1 << 20  # bytes that are tokenized at a time
+from data import FOLDER, Tokenizer, utf8
+from data.tokenizing import Files, check, pieces, plan, write_corpus
 
 
 @dataclass
@@ -25,35 +24,10 @@ class PrepareConfig:
     name: str = "mytext"  # the corpus is written to data/NAME
     tokenizer: Literal["bytes", "char", "gpt2"] = "bytes"  # 256 bytes | the characters of the text | GPT-2's BPE
     val_fraction: float = 0.1  # how much of the text, from its end, becomes val
+    workers: int = 0  # how many processes tokenize; 0: as many as there are cores, where it pays
 
     def __post_init__(self):
-        if not self.name or Path(self.name).name != self.name or (FOLDER / self.name / "prepare.py").exists():
-            raise ValueError(f"name={self.name!r} must be the plain name of a folder in data/ that has no prepare.py of its own")
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction={self.val_fraction} must be between 0 and 1")
-
-
-def pieces(path):
-    """Yields (bytes, whether a document ends here), about 1 MB at a time.
-
-    Inside a document the cut is made between two lines where the first ends in one line feed only and neither has white
-    space at the cut: GPT-2's BPE never joins such lines, so that the tokens are those of the text in one piece. A text
-    without such a place is cut between two characters at 16 MB.
-    """
-    piece = bytearray()
-    with open(path, "rb") as f:
-        while line := f.readline(PIECE):
-            if line.strip() == b"<|endoftext|>":
-                yield bytes(piece), True
-                piece.clear()
-                continue
-            clean = piece[-1:] == b"\n" and not piece[-2:-1].isspace() and not line[:1].isspace()
-            between_characters = line[0] & 0xC0 != 0x80
-            if len(piece) >= PIECE and clean or len(piece) >= 16 * PIECE and between_characters:
-                yield bytes(piece), False
-                piece.clear()
-            piece += line
-    yield bytes(piece), True
+        check(self)
 
 
 def alphabet(files) -> str:
@@ -61,8 +35,9 @@ def alphabet(files) -> str:
     print("reading the text once for its characters")
     chars = {"\0"}
     for path in files:
-        for piece, _ in pieces(path):
-            chars.update(utf8(piece))
+        with open(path, "rb") as f:
+            for piece, _ in pieces(f):
+                chars.update(utf8(piece))
     return "".join(sorted(chars))
 
 
@@ -76,6 +51,16 @@ def line_start(piece: bytes, at: int) -> int:
     return at
 
 
+def in_order(source, val_from: float):
+    """Each piece as what belongs to train and what to val: all that comes after the first val_from bytes of text."""
+    for piece, ends, _, path in source:
+        cut = min(max(val_from - (source.text - len(piece)), 0), len(piece))  # train gets piece[:cut], val the rest
+        if 0 < cut < len(piece):
+            cut = line_start(piece, cut)
+        whole = cut == len(piece)
+        yield [("train", piece[:cut], ends and whole, path), ("val", piece[cut:], ends and not whole, path)]
+
+
 def main():
     files = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
     config = parse(PrepareConfig, [arg for arg in sys.argv[1:] if arg.startswith("-")])
@@ -84,30 +69,11 @@ def main():
     for path in files:
         if not Path(path).is_file():
             raise UserError(f"no file {path!r}")
-    total = sum(Path(path).stat().st_size for path in files)
-    disk = total * {"bytes": 2.0, "char": 2.0, "gpt2": 0.6}[config.tokenizer]
-    print(f"{len(files)} files, {total / 1e6:,.1f} MB; the corpus takes about {disk / 1e6:,.0f} MB in {FOLDER / config.name}")
+    source, folder = Files(files), FOLDER / config.name
+    workers = plan(folder, config.tokenizer, source.total, config.workers, f"{len(files)} files, {source.total / 1e6:,.1f} MB")
     spec = {"kind": config.tokenizer} | ({"chars": alphabet(files)} if config.tokenizer == "char" else {})
-    tokenizer = Tokenizer(spec)
-
-    val_from, done, progress = int((1 - config.val_fraction) * total), 0, Progress(total)
-    with CorpusWriter(FOLDER / config.name, tokenizer, source=", ".join(Path(path).name for path in files)) as corpus:
-        for path in files:
-            for piece, ends in pieces(path):
-                cut = min(max(val_from - done, 0), len(piece))  # train gets piece[:cut], val the rest
-                if 0 < cut < len(piece):
-                    cut = line_start(piece, cut)
-                corpus.write("train", tokenizer.encode(piece[:cut]))
-                corpus.write("val", tokenizer.encode(piece[cut:]))
-                if ends and piece:
-                    corpus.write("train" if cut == len(piece) else "val", [tokenizer.end_of_text])
-                done += len(piece)
-                progress(done)
-        if min(corpus.counts.values()) < 2:
-            raise UserError(f"{total:,} bytes give {corpus.counts['train']:,} tokens to train on and {corpus.counts['val']:,} "
-                            "to validate: add text or change --val_fraction")
-    print(f"{corpus.counts['train']:,} tokens to train on, {corpus.counts['val']:,} to validate, {tokenizer.vocab_size:,} ids; "
-          f"train with: python train.py --dataset={config.name}")
+    parts = in_order(source, int((1 - config.val_fraction) * source.total))
+    write_corpus(folder, Tokenizer(spec), source, parts, {"val_fraction": config.val_fraction}, workers)
 
 
 if __name__ == "__main__":
