@@ -32,7 +32,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError, make, parse, run
-from data import FOLDER, Corpus, Tokenizer, TrainBatches, atomic_write, val_starts
+from data import FOLDER, Corpus, Tokenizer, TrainBatches, atomic_write, lock, val_starts
 from model import GPT, PEAK_FLOPS, GPTConfig, estimate_flops, peak_flops
 
 
@@ -94,7 +94,8 @@ def main():
     if config.dry_run:
         return print_dry_run(config)
     try:
-        code = train(config)
+        with contextlib.ExitStack() as cleanup:
+            code = train(config, cleanup)
     except Exception as error:
         if not dist.is_initialized():
             raise
@@ -107,8 +108,8 @@ def main():
     sys.exit(code)
 
 
-def train(config: TrainConfig) -> int:
-    """The whole of it; returns the exit code, 0 or 128 + the signal that stopped it."""
+def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
+    """The whole of it; returns the exit code, 0 or 128 + the signal that stopped it. `cleanup` closes what is open."""
     # --- processes and devices: torchrun starts the processes and tells each its place
     distributed = "RANK" in os.environ
     rank, world_size, local_rank = (int(os.environ[key]) if distributed else default
@@ -146,6 +147,7 @@ def train(config: TrainConfig) -> int:
     checkpoint = None
     if rank == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
+        cleanup.callback(os.close, lock(out_dir))  # a second run in this folder is refused
         checkpoint = find_checkpoint(config, corpus)
     stands = from_rank_0(checkpoint and checkpoint["run"])
     resumed_at = stands["step"] if stands else -1
@@ -186,12 +188,12 @@ def train(config: TrainConfig) -> int:
 
     # --- what is said, once
     n_parameters = sum(p.numel() for p in model.parameters())
-    log = open(os.devnull, "w")
+    log = None
     if rank == 0:
         if resumed_at >= 0:
             print(f"going on from step {step} of {out_dir / 'ckpt.pt'}")
             cut_log(out_dir / "log.jsonl", step)
-        log = open(out_dir / "log.jsonl", "a")
+        log = cleanup.enter_context(open(out_dir / "log.jsonl", "a"))
         if resumed_at < 0:
             versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
             header = {"config": asdict(config), "parameters": n_parameters, "device": device_name, "processes": world_size,

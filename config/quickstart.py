@@ -1,5 +1,5 @@
 # A small model on the source of your own Python's standard library, byte by byte:
-# about 3 minutes on 2 CPU cores, nothing to download.
+# two to three minutes on 2 CPU cores, nothing to download.
 #   python train.py config/quickstart.py
 out_dir = "out/quickstart"
 dataset = "pystdlib"
@@ -11,12 +11,12 @@ block_size = 128
 kv_shift = "kv"
 
 batch_size = 16
-max_steps = 1200
+max_steps = 1000
 learning_rate = 3e-3
 min_lr = 3e-4
 warmup_steps = 50
 
-eval_every = 200
+eval_every = 250
 eval_tokens = 131_072
-checkpoint_every = 200
+checkpoint_every = 250
 log_every = 25

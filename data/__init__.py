@@ -230,7 +230,7 @@ def lock(folder):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise UserError(f"another process is writing a corpus to {folder}") from None
+        raise UserError(f"another process is writing to {folder}") from None
     return descriptor
 
 

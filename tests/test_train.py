@@ -1,5 +1,6 @@
 """The promises of train.py and sample.py: exact resume, whole files, a clear word on every mistake."""
 
+import contextlib
 import io
 import json
 import math
@@ -14,7 +15,7 @@ from conftest import ROOT, TINY, options
 
 import sample
 import train
-from data import Corpus, Tokenizer
+from data import Corpus, Tokenizer, lock
 from model import GPT, GPTConfig
 from train import TrainConfig, evaluate, learning_rate, load_checkpoint, make_optimizer
 
@@ -197,6 +198,14 @@ def test_what_an_earlier_run_left_is_moved_aside(call, corpus, tmp_path):
         assert (tmp_path / f"old-{n}" / "ckpt.pt").exists()
     assert before == {name: (tmp_path / "old-1" / name).read_bytes() for name in before}
     assert load_checkpoint(tmp_path / "ckpt.pt")["config"]["seed"] == 2
+
+
+def test_a_second_run_in_the_same_folder_is_refused(call, corpus, tmp_path):
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, lock(tmp_path))
+        code, _, err = call(train.main, *options(TINY, dataset=corpus, out_dir=tmp_path))
+    assert code == 2 and "another process is writing to" in err and not (tmp_path / "log.jsonl").exists()
+    assert call(train.main, *options(TINY, dataset=corpus, out_dir=tmp_path))[0] == 0
 
 
 def test_accumulation_changes_nothing_but_rounding(call, corpus, tmp_path):
