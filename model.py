@@ -49,8 +49,8 @@ class GPTConfig:
             raise ValueError(f"n_head={self.n_head} must be divisible by n_kv_head={self.n_kv_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
-        if self.rope_base <= 1:
-            raise ValueError(f"rope_base={self.rope_base} must be above 1")
+        if not 1 < self.rope_base < float("inf"):
+            raise ValueError(f"rope_base={self.rope_base} must be above 1, and finite")
         if not 2 <= self.shift_window <= max(2, self.block_size):
             raise ValueError(f"shift_window={self.shift_window} must be at least 2 and at most block_size={self.block_size}")
 
@@ -338,7 +338,8 @@ def sample(logits, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
     """Draws one id from each row of logits (B, V) -> (B,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature  # at most 0: no temperature is too low
     if 0 < top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     probs = logits.softmax(dim=-1)
@@ -372,4 +373,5 @@ PEAK_FLOPS = {
 
 def peak_flops(device_name: str) -> float | None:
     """Peak FLOP/s of a device by the name that torch gives it, None where it is unknown."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
+    words = f" {device_name.replace('-', ' ')} "  # whole words: an RTX A4000 is no A40
+    return next((flops for name, flops in PEAK_FLOPS.items() if f" {name} " in words), None)

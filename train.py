@@ -40,7 +40,7 @@ from model import GPT, PEAK_FLOPS, GPTConfig, estimate_flops, peak_flops
 class TrainConfig(GPTConfig):
     # what and where
     out_dir: str = "out/run"  # checkpoints and log.jsonl go here
-    dataset: str = "pystdlib"  # a folder in data/, or the path of another
+    dataset: str = "pystdlib"  # a folder in data/, or the absolute path of another
     seed: int = 1  # of the initial weights, the order of the data and dropout
     resume: Literal["auto", "yes", "no"] = "auto"  # go on if there is a checkpoint | there must be one | start over
     # optimization
@@ -78,6 +78,10 @@ class TrainConfig(GPTConfig):
                      "micro_batch_size"):
             if not 0 <= getattr(self, name) < 2**32:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 2^32")
+        if self.max_steps < 1 or not self.out_dir:
+            raise ValueError(f"max_steps={self.max_steps} must be at least 1, and out_dir={self.out_dir!r} not empty")
+        if self.min_lr > self.learning_rate and self.lr_schedule != "constant":
+            raise ValueError(f"min_lr={self.min_lr} must not be above learning_rate={self.learning_rate}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f"beta1={self.beta1} and beta2={self.beta2} must be at least 0 and below 1")
         if not 0 < self.dry_run_mfu <= 1:
@@ -85,7 +89,7 @@ class TrainConfig(GPTConfig):
 
 
 # A run may go on with other values of these; any other difference makes it another run.
-FREE_TO_CHANGE = {"out_dir", "resume", "micro_batch_size", "log_every", "eval_every", "eval_tokens", "checkpoint_every",
+FREE_TO_CHANGE = {"out_dir", "resume", "micro_batch_size", "log_every", "eval_every", "checkpoint_every",
                   "device", "dtype", "compile", "fsdp", "recompute", "dry_run", "dry_run_mfu"}
 
 
@@ -97,8 +101,10 @@ def main():
         with contextlib.ExitStack() as cleanup:
             code = train(config, cleanup)
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = UserError(f"{str(error).splitlines()[0]} Lower --micro_batch_size, or pass --recompute=True or --fsdp=True")
         if not dist.is_initialized():
-            raise
+            raise error
         code = 2 if isinstance(error, (UserError, OSError)) else 1
         print(f"train.py: {error}" if code == 2 else traceback.format_exc(), file=sys.stderr)
     if dist.is_initialized():  # taking a process group down can hang, above all where it has lost a process: just leave
@@ -174,12 +180,13 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if resumed_at >= 0:
-        checkpoint = checkpoint or load_checkpoint(out_dir / "ckpt.pt")  # every process takes its part of the one file
+        checkpoint = checkpoint or load_checkpoint(out_dir / "ckpt.pt", verify=False)  # each process takes its part
         if checkpoint["run"]["step"] != step:
             raise UserError(f"{out_dir} is not the same folder for all processes: the nodes have to share it")
         set_state_dict(model, optimizer, model_state_dict=checkpoint["model"], optim_state_dict=checkpoint["optimizer"],
                        options=StateDictOptions(full_state_dict=True))
-        scaler.load_state_dict(stands["scaler"])
+        if stands["scaler"]:  # of a run in float16
+            scaler.load_state_dict(stands["scaler"])
         del checkpoint
     fast_model = torch.compile(model) if compiled else model
     train_model = fast_model
@@ -234,8 +241,8 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
             if evaluate_now:
                 line["val_loss"] = evaluate(fast_model, corpus, config, device, autocast, rank, world_size)
                 if not math.isfinite(line["val_loss"]):
-                    raise UserError(f"the val loss is {line['val_loss']} after step {step}: lower --learning_rate; "
-                                    f"the last good checkpoint is still in {out_dir}")
+                    raise UserError(f"the val loss is {line['val_loss']} after step {step}; checkpoints are left as they were. "
+                                    "Start over (--resume=no) with a lower --learning_rate")
             improved = evaluate_now and line["val_loss"] < best
             if improved:
                 best, best_step = line["val_loss"], step
@@ -262,9 +269,11 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
         micro_batches = torch.from_numpy(batch).split(config.micro_batch_size)
         loss = torch.zeros((), device=device)
         for i, tokens in enumerate(micro_batches, start=1):  # (micro_batch_size, block_size + 1)
-            if distributed:  # the processes exchange gradients once a step, in the backward pass of the last micro-batch
-                synchronize(train_model, i == len(micro_batches))
-            tokens = (tokens.pin_memory() if device.type == "cuda" else tokens).to(device, non_blocking=True)
+            if isinstance(train_model, DistributedDataParallel):
+                # The processes exchange gradients once a step, in the last backward pass. FSDP does in each: a process
+                # would otherwise have to hold the gradients of all weights, and not of its share alone.
+                train_model.require_backward_grad_sync = i == len(micro_batches)
+            tokens = tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
             with autocast:
                 micro_loss = train_model(tokens[:, :-1], tokens[:, 1:]) / len(micro_batches)
             scaler.scale(micro_loss).backward()
@@ -281,8 +290,11 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
     if rank == 0 and last:
         print(f"\ndone: best val loss {best:.4f} at step {best_step}\n"
               f"{out_dir} has best.pt (the model at that step), ckpt.pt (the latest) and log.jsonl (every figure above)\n")
-        if not config.fsdp:
-            print_sample(model, Tokenizer(corpus.tokenizer), device)
+        if not config.fsdp:  # a shard alone says nothing
+            try:
+                print_sample(model, Tokenizer(corpus.tokenizer), device)
+            except UserError as error:  # the run has ended well, even where a tokenizer's files can't be had
+                print(f"no sample: {error}")
         print(f"\nmore of it: python sample.py --out_dir={out_dir}")
     elif rank == 0:
         print(f"stopped by {stopped_by.name} after step {step}: the same command goes on from there")
@@ -295,6 +307,8 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(device)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("cpu, cuda and mps are known")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device={device} can't be used here: {str(error).splitlines()[0]}") from None
@@ -346,19 +360,12 @@ def prepare_corpus(dataset: str):
 
 def shard(model: GPT, device: torch.device, dtype: torch.dtype, world_size: int):
     """Shares the model's weights, gradients and optimizer out over the processes (FSDP2): each block's are gathered when
-    it is their turn. Weights stay in float32, and are gathered and multiplied in `dtype`."""
+    it is their turn. Weights stay in float32, and are gathered and multiplied in `dtype`; in bfloat16 so is what flows
+    between the blocks, which under autocast is float32."""
     mesh = dist.device_mesh.init_device_mesh(device.type, (world_size,))
     policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
     for part in (*model.blocks, model):
         fully_shard(part, mesh=mesh, mp_policy=policy)
-
-
-def synchronize(model, now: bool):
-    """Whether the next backward pass exchanges gradients."""
-    if isinstance(model, DistributedDataParallel):
-        model.require_backward_grad_sync = now
-    else:
-        model.set_requires_gradient_sync(now)
 
 
 def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
@@ -423,8 +430,8 @@ def fetch_figures(pending: list, step: int, config: TrainConfig, scaled: bool) -
     for i, (loss, norm) in enumerate(figures, start=step - len(figures)):
         if not math.isfinite(loss) or not (scaled or math.isfinite(norm)):
             raise UserError(f"step {i + 1} has loss {loss} and gradient norm {norm} at learning rate "
-                            f"{learning_rate(i, config):.3g}: lower --learning_rate; the last good checkpoint is still in "
-                            f"{config.out_dir}")
+                            f"{learning_rate(i, config):.3g}; checkpoints are left as they were. Start over (--resume=no) "
+                            "with a lower --learning_rate")
     return figures
 
 
@@ -438,7 +445,8 @@ class Stop:
 
     def remember(self, number, frame):
         self.signal = signal.Signals(number)
-        signal.signal(number, signal.SIG_DFL)
+        if not dist.is_initialized():  # torchrun passes on a signal that may have come to all processes already
+            signal.signal(number, signal.SIG_DFL)
         print(f"{self.signal.name}: finishing the step, then saving", file=sys.stderr)
 
 
@@ -471,13 +479,14 @@ def save_checkpoint(path: Path, model: GPT, optimizer, config: TrainConfig, corp
                     "run": run_state} | tensors, f)
 
 
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint, its tensors left in the file until they are used; one that is missing, damaged or not ours is a UserError."""
+def load_checkpoint(path: Path, verify: bool = True) -> dict:
+    """A checkpoint, on the CPU; one that is missing, damaged or no checkpoint of ours is a UserError."""
     try:
         with zipfile.ZipFile(path) as archive:  # what torch.save writes; torch itself does not compare the checksums
-            if damaged := archive.testzip():
+            if verify and (damaged := archive.testzip()):
                 raise UserError(f"{path} is damaged: {damaged} does not match its checksum")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # many processes share the file's pages instead of holding a copy each
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=dist.is_initialized())
         if checkpoint["format"] != 1:
             raise UserError(f"{path} has format {checkpoint['format']}, this version reads format 1")
     except FileNotFoundError:
@@ -502,7 +511,10 @@ def find_checkpoint(config: TrainConfig, corpus: Corpus) -> dict | None:
     """The checkpoint to go on from, None for a fresh start; what an earlier run left is then moved aside."""
     out_dir = Path(config.out_dir)
     path = out_dir / "ckpt.pt"
-    if config.resume != "no" and path.exists():
+    for half_written in out_dir.glob(".*.pt.*.tmp"):  # by a run that was killed
+        half_written.unlink()
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun: resume=no was for the first start
+    if (config.resume != "no" or restarted) and path.exists():
         checkpoint = load_checkpoint(path)
         same_run(checkpoint, config, corpus)
         return checkpoint
@@ -560,7 +572,10 @@ def print_dry_run(config: TrainConfig):
           "and about what a forward pass keeps")
     print(f"\n{'GPUs':>5} {'days':>9} {'GB, DDP':>9} {'GB, FSDP':>9} {'sequences a pass':>18}")
     for gpus in (1, 8, 64, 512):
-        share = max(1, config.batch_size // gpus)
+        share = config.batch_size // gpus
+        if config.batch_size % gpus:
+            print(f"{gpus:>5} {'-':>9} {'-':>9} {'-':>9}   batch_size={config.batch_size} can't be shared out")
+            continue
         B = min(config.micro_batch_size or share, share)
         kept = activation_bytes(config, B)
         block = 2 * sum(p.numel() for p in model.blocks[0].parameters()) + 2 * n_embeddings  # gathered: two blocks and the root

@@ -7,6 +7,8 @@ of the dataclass (imports, functions and names with a leading _ do not count). N
 stand in the dataclass alone: the comment behind a field is its help.
 """
 
+import __future__
+
 import dataclasses
 import difflib
 import inspect
@@ -77,11 +79,11 @@ def read_file(cls, path: str) -> dict:
         raise UserError(f"no config file {path!r} (options are written --key=value)")
     try:
         names = runpy.run_path(path)
-    except Exception as error:  # whatever the user's own code raises
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
     values = {}
     for name, value in names.items():
-        if name.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
+        if name.startswith("_") or isinstance(value, (types.ModuleType, __future__._Feature)) or callable(value):
             continue
         kind = _type_of(cls, name, f"{path}: ")
         try:

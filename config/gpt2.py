@@ -4,6 +4,7 @@
 out_dir = "out/gpt2"
 dataset = "openwebtext"
 
+vocab_size = 50_257
 n_layer = 12
 n_head = 12
 n_embd = 768

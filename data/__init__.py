@@ -251,6 +251,8 @@ class Corpus:
         again = f"prepare the corpus again (data/{folder.name}/prepare.py, or data/text/prepare.py for your own text)"
         try:
             meta = json.loads((folder / "meta.json").read_text())
+            if meta["tokenizer"]["kind"] not in ("bytes", "char", "gpt2"):
+                raise ValueError(f"unknown tokenizer {meta['tokenizer']['kind']!r}")
             self.tokenizer, self.vocab_size = meta["tokenizer"], meta["vocab_size"]
             self.dtype, self.tokens, self.sha256 = np.dtype(meta["dtype"]), meta["tokens"], meta["sha256"]
         except FileNotFoundError:

@@ -30,7 +30,8 @@ class Small:
 
 
 def test_later_wins_and_options_win_over_files(tmp_path):
-    (tmp_path / "one.py").write_text("import math\nfrom os.path import join\n_k = 1\nn_layer = 3 * _k\nrate = 1\nname = 'x=y'\n")
+    (tmp_path / "one.py").write_text("from __future__ import annotations\n"
+                                     "import math\nfrom os.path import join\n_k = 1\nn_layer = 3 * _k\nrate = 1\nname = 'x=y'\n")
     (tmp_path / "two.py").write_text("rate = 0.25\nmaybe = True\n")
     one, two = str(tmp_path / "one.py"), str(tmp_path / "two.py")
     config = parse(Small, ["--n_layer=7", one, two, "--fast=True", "--name=a=b c", "--n_layer=8"])
@@ -59,6 +60,7 @@ def test_a_slip_on_the_command_line(argument, message):
     ("n_layer = 'three'", "n_layer = 'three' (str) must be int"),
     ("n_layer = True", "n_layer = True (bool) must be int"), ("rate = None", "must be float"), ("kind = 'c'", "must be a | b"),
     ("kind = ['a']", "must be a | b"), ("n_layer = (", "SyntaxError"), ("n_layer = 1 / 0", "ZeroDivisionError"),
+    ("raise SystemExit(0)", "SystemExit"),
     ("n_layer = -1", "must be at least 1"),
 ])
 def test_a_slip_in_a_config_file(tmp_path, source, message):

@@ -131,7 +131,7 @@ def test_a_mistake_in_one_process_is_one_line(corpus, tmp_path, more, message):
 @pytest.mark.slow
 def test_a_mistake_in_many_processes_ends_all_of_them(corpus, tmp_path, single):
     mistakes = [({"batch_size": 9}, "times 2 processes"), ({"out_dir": single, "seed": 2}, "seed was 1, is 2"),
-                ({"dataset": "nowhere"}, "no corpus"), ({"learning_rate": 4e9, "grad_clip": 0}, "lower --learning_rate")]
+                ({"dataset": "nowhere"}, "no corpus"), ({"learning_rate": 4e9, "grad_clip": 0}, "with a lower --learning_rate")]
     for more, message in mistakes:
         arguments = {"dataset": corpus, "out_dir": tmp_path / "out", "launcher": ["--standalone"]} | more
         out = finish(train(2, **arguments), code=1)  # torchrun's own exit code

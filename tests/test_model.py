@@ -101,7 +101,7 @@ def test_no_logit_depends_on_a_later_token(kv_shift, window, kind):
 def test_one_layer_with_hand_set_weights_is_an_exact_induction_head():
     """Theorem 2: alpha = (0, 1), beta = (1, 0) and one-hot embeddings make one layer copy what followed."""
     V, T = 10, 12
-    # at this base only the first frequency turns, and its two dimensions (0 and 16) are left unused
+    # at this base the first frequency alone turns much, and its two dimensions (0 and 16) are left unused
     model = tiny(block_size=T, vocab_size=V, n_layer=1, n_head=1, n_kv_head=1, n_embd=32, rope_base=1e30, tie_embeddings=False)
     one_hot = torch.zeros(V, 32)
     one_hot[torch.arange(V), torch.arange(1, V + 1)] = 1.0
@@ -199,6 +199,7 @@ def test_draws_follow_the_filtered_probabilities():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf])
     cases = [({"temperature": 1.0}, logits), ({"temperature": 2.0}, logits / 2),
              ({"top_k": 2}, torch.tensor([2.0, 1.0] + [-torch.inf] * 3)),
+             ({"temperature": 1e-45}, torch.tensor([0.0] + [-torch.inf] * 4)),
              # 0.64 + 0.24 < 0.9, so the third stays and the fourth goes
              ({"top_p": 0.9}, torch.tensor([2.0, 1.0, 0.0, -torch.inf, -torch.inf])),
              ({"top_k": 3, "top_p": 0.6}, torch.tensor([2.0] + [-torch.inf] * 4))]
@@ -254,7 +255,7 @@ def test_estimated_flops_are_those_that_torch_counts(kv_shift):
 def test_peak_flops_knows_the_device_names_that_torch_gives():
     assert peak_flops("NVIDIA H100 80GB HBM3") == PEAK_FLOPS["H100"] != peak_flops("NVIDIA H100 PCIe")
     assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12 and peak_flops("NVIDIA L40S") != peak_flops("NVIDIA L4")
-    assert peak_flops("cpu") is None
+    assert peak_flops("cpu") is peak_flops("NVIDIA RTX A4000") is peak_flops("NVIDIA T400") is None
 
 
 def test_bfloat16_stays_bfloat16():

@@ -211,6 +211,10 @@ def test_a_second_run_in_the_same_folder_is_refused(call, corpus, tmp_path):
 def test_accumulation_changes_nothing_but_rounding(call, corpus, tmp_path):
     for micro in (4, 2, 1):
         call(train.main, *options(TINY, dataset=corpus, out_dir=tmp_path / str(micro), micro_batch_size=micro, kv_shift="qkv"))
+    logs = [[line for line in log_of(tmp_path / str(micro)) if "loss" in line] for micro in (4, 2, 1)]
+    for key in ("loss", "grad_norm"):
+        one, two, four = ([line[key] for line in log] for log in logs)
+        assert one == pytest.approx(two, abs=1e-4) and one == pytest.approx(four, abs=1e-4)
     models = [load_checkpoint(tmp_path / str(micro) / "ckpt.pt")["model"] for micro in (4, 2, 1)]
     for other in models[1:]:
         for name, p in models[0].items():
@@ -271,7 +275,10 @@ def test_other_arithmetic_learns_the_same(call, corpus, tmp_path, dtype, compile
     (["--shift_window=1"], "at least 2"), (["--shift_window=17"], "at most block_size=16"), (["--dropout=1"], "below 1"),
     (["--dropout=nan"], "dropout=nan"), (["--learning_rate=nan"], "learning_rate=nan"), (["--learning_rate=-1"], "at least 0"),
     (["--batch_size=4", "--micro_batch_size=3"], "divisible by micro_batch_size=3"), (["--batch_size=0"], "at least 1"),
-    (["--seed=-1"], "seed=-1"), (["--device=gpu"], "device=gpu"), (["--device=cuda:99"], "can't be used here"),
+    (["--seed=-1"], "seed=-1"), (["--device=gpu"], "device=gpu"), (["--device=meta"], "device=meta"),
+    (["--max_steps=0"], "max_steps=0"), (["--rope_base=inf"], "rope_base=inf"), (["--out_dir="], "not empty"),
+    (["--learning_rate=1e-5"], "min_lr=0.0001 must not be above learning_rate=1e-05"),
+    (["--device=cuda:99"], "can't be used here"),
     (["--dtype=float8"], "must be auto | float32"), (["--dataset=nowhere"], "no corpus 'nowhere'"),
     (["--block_size=6000"], "too few for a window"), (["--block_size=600"], "val.bin has 600 tokens"),
     (["--vocab_size=100"], "too small for the 256 ids"), (["--resume=yes"], "resume=yes, but there is no"),
@@ -360,7 +367,7 @@ def test_another_run_in_the_same_folder_is_refused(call, corpus, tmp_path, more,
 def test_a_corpus_prepared_anew_is_noticed_and_a_constant_rate_may_go_on(call, corpus, tmp_path):
     arguments = options(TINY, dataset=corpus, out_dir=tmp_path / "out", lr_schedule="constant")
     call(train.main, *arguments)
-    assert call(train.main, *arguments, "--max_steps=6", "--eval_every=3", "--dtype=bfloat16")[0] == 0
+    assert call(train.main, *arguments, "--max_steps=6", "--eval_every=3", "--dtype=float16")[0] == 0
     assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["run"]["step"] == 6
     meta = json.loads((corpus / "meta.json").read_text())
     edit(corpus / "meta.json", sha256=meta["sha256"] | {"train": "0" * 64})
