@@ -22,7 +22,9 @@ def train(n_processes: int, launcher=("--standalone", "--max_restarts=2"), **val
     """Starts train.py, with torchrun unless n_processes is 0."""
     torchrun = ["-m", "torch.distributed.run", *launcher, f"--nproc_per_node={n_processes}"] if n_processes else []
     command = [sys.executable, *torchrun, ROOT / "train.py", *options(RUN, **values)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as the README says
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                            env=environment)
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:

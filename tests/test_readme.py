@@ -22,4 +22,4 @@ def test_every_file_that_the_readme_names_exists():
     names = set(re.findall(r"[\w./]*\w\.(?:py|png|md)\b", README))
     assert len(names) > 8
     for name in names:
-        assert (ROOT / name).exists() or name in ("x.py",), name
+        assert (ROOT / name).exists() or name.startswith("out/"), name
