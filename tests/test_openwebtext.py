@@ -155,7 +155,7 @@ def test_what_is_stopped_goes_on(call, tmp_path, monkeypatch, script, how):
     arguments = [*inputs, "--name=out", "--tokenizer=bytes", "--val_fraction=0.1", "--workers=2"]
     unfinished, pick = folder / ".unfinished.tmp", random.Random()
     for signal_sent in {"kill kill": [signal.SIGKILL, signal.SIGKILL], "interrupt": [signal.SIGINT], "worker": [0]}[how]:
-        process = start(script, tmp_path, *arguments, pause=0.02)
+        process = start(script, tmp_path, *arguments, pause=0.1)  # so that it is not done before the signal
         had = unfinished.read_bytes() if unfinished.exists() else b""
         wait_for(lambda had=had: unfinished.exists() and unfinished.read_bytes() != had)
         time.sleep(pick.random() / 3)
