@@ -15,6 +15,7 @@ from conftest import ROOT, TINY, options
 
 import sample
 import train
+from config import UserError
 from data import Corpus, Tokenizer, lock
 from model import GPT, GPTConfig
 from train import TrainConfig, evaluate, learning_rate, load_checkpoint, make_optimizer
@@ -198,6 +199,30 @@ def test_what_an_earlier_run_left_is_moved_aside(call, corpus, tmp_path):
         assert (tmp_path / f"old-{n}" / "ckpt.pt").exists()
     assert before == {name: (tmp_path / "old-1" / name).read_bytes() for name in before}
     assert load_checkpoint(tmp_path / "ckpt.pt")["config"]["seed"] == 2
+
+
+def test_a_restart_by_torchrun_goes_on_even_with_resume_no(call, corpus, tmp_path, monkeypatch):
+    arguments = options(TINY, dataset=corpus, out_dir=tmp_path, resume="no")
+    assert call(train.main, *arguments)[0] == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert "is complete" in call(train.main, *arguments)[1] and not (tmp_path / "old-1").exists()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert "moved an earlier run's files" in call(train.main, *arguments)[1]
+
+
+def test_what_a_killed_save_left_half_written_is_removed(call, corpus, tmp_path):
+    (tmp_path / ".ckpt.pt.99.tmp").write_bytes(b"half a checkpoint")
+    assert call(train.main, *options(TINY, dataset=corpus, out_dir=tmp_path))[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["best.pt", "ckpt.pt", "log.jsonl"]
+
+
+def test_a_run_ends_well_where_its_tokenizer_cannot_be_had(call, corpus, tmp_path, monkeypatch):
+    def unreachable(spec):
+        raise UserError("cannot load it")
+
+    monkeypatch.setattr(train, "Tokenizer", unreachable)
+    code, out, _ = call(train.main, *options(TINY, dataset=corpus, out_dir=tmp_path))
+    assert code == 0 and "no sample: cannot load it" in out and "more of it:" in out
 
 
 def test_a_second_run_in_the_same_folder_is_refused(call, corpus, tmp_path):
