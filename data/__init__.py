@@ -248,7 +248,7 @@ class Corpus:
 
     def __init__(self, folder):
         self.folder = folder = Path(folder)
-        again = f"prepare the corpus again (data/{folder.name}/prepare.py, or data/text/prepare.py for your own text)"
+        again = f"prepare it with python data/{folder.name}/prepare.py (text of your own: data/text/prepare.py)"
         try:
             meta = json.loads((folder / "meta.json").read_text())
             if meta["tokenizer"]["kind"] not in ("bytes", "char", "gpt2"):
