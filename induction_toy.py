@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from config import UserError, parse, run
 from data import atomic_write
 from model import GPT, GPTConfig, estimate_flops, rotate
+from plot import style, table
 from train import choose_device
 
 
@@ -444,8 +445,6 @@ def landscape_descents(config: ToyConfig) -> list[dict]:
 
 # --- tables and pictures: a `draw_` for each experiment fills a figure and returns the table
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; line and marker say the same once more
-STYLES = [("#D55E00", "-", "o"), ("#0072B2", "--", "s"), ("#009E73", "-.", "^"), ("#CC79A7", ":", "D"), ("#000000", "-", "v")]
 DOTS = dict(color="black", linewidth=1, linestyle=(0, (1, 1)))
 
 
@@ -453,13 +452,6 @@ def by_seed(records: list[dict], label: str) -> list[list[dict]]:
     """One model's figures: a list for each seed, evaluation by evaluation."""
     rows = [r for r in records if r["model"] == label]
     return [[r for r in rows if r["seed"] == seed] for seed in dict.fromkeys(r["seed"] for r in rows)]
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown that can be read as it is."""
-    width = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [[cell.ljust(w) for cell, w in zip(row, width, strict=True)] for row in (head, ["-" * w for w in width], *rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def learning_table(records: list[dict], columns: dict[str, str]) -> str:
@@ -476,9 +468,9 @@ def learning_table(records: list[dict], columns: dict[str, str]) -> str:
     return table(["model", "parameters", *columns.values(), "steps to 99%", "seconds to 99%"], rows)
 
 
-def band(ax, x, ys, style: int, label: str, **more):
+def band(ax, x, ys, i: int, label: str, **more):
     """The median of ys (seeds, points) over x, in a band from the lowest to the highest."""
-    color, line, marker = STYLES[style]
+    color, line, marker = style(i)
     ax.plot(x, np.median(ys, axis=0), line, color=color, marker=marker, markersize=5, label=label, **more)
     ax.fill_between(x, np.min(ys, axis=0), np.max(ys, axis=0), color=color, alpha=0.2, linewidth=0)
     ax.grid(alpha=0.3)
@@ -508,9 +500,9 @@ def draw_depth(config: ToyConfig, records: list[dict], figure) -> str:
 
 def draw_width(config: ToyConfig, records: list[dict], figure) -> str:
     ax, widths = figure.subplots(), whole_numbers(config.widths)
-    for n, kind, style in (("1 layer", "KV shift", 0), ("2 layers", "vanilla", 2)):
+    for n, kind, i in (("1 layer", "KV shift", 0), ("2 layers", "vanilla", 2)):
         of_width = [[figures[-1]["accuracy"] for figures in by_seed(records, f"{n}, width {width}, {kind}")] for width in widths]
-        band(ax, widths, np.transpose(of_width), style, f"{n}, {kind}")
+        band(ax, widths, np.transpose(of_width), i, f"{n}, {kind}")
     ax.axhline(induction_chance(config), **DOTS, label="a guess among the tokens seen")
     ax.set_xscale("log", base=2)
     ax.set(xticks=widths, xticklabels=widths, xlabel="width", ylim=(-0.02, 1.04), title="first predictable position",
@@ -564,7 +556,7 @@ def draw_heads(config: ToyConfig, records: list[dict], figure) -> str:
     maps.supylabel("position", fontsize=10)
     ax = plane.subplots()
     for k in range(K):
-        color, line, marker = STYLES[k % len(STYLES)]
+        color, line, marker = style(k)
         a, b = ([r[name][0][k] for r in records] for name in ("alpha", "beta"))
         ax.plot(a, b, line, color=color, label=f"head {k + 1}" if K == H else f"key/value head {k + 1}")
         ax.plot(a[0], b[0], marker, color=color, markerfacecolor="white")

@@ -59,6 +59,7 @@ class TrainConfig(GPTConfig):
     log_every: int = 10  # steps between lines on the console and in log.jsonl
     eval_every: int = 250  # steps between evaluations
     eval_tokens: int = 262_144  # tokens of val.bin to evaluate on, from its start; 0: all
+    eval_induction: bool = False  # evaluate on random tokens that come twice, too: val_induction in log.jsonl
     checkpoint_every: int = 250  # steps between checkpoints
     # machine
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
@@ -80,6 +81,8 @@ class TrainConfig(GPTConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 2^32")
         if self.max_steps < 1 or not self.out_dir:
             raise ValueError(f"max_steps={self.max_steps} must be at least 1, and out_dir={self.out_dir!r} not empty")
+        if self.eval_induction and self.block_size < 4:
+            raise ValueError(f"eval_induction=True needs block_size={self.block_size} to be at least 4")
         if self.min_lr > self.learning_rate and self.lr_schedule != "constant":
             raise ValueError(f"min_lr={self.min_lr} must not be above learning_rate={self.learning_rate}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
@@ -89,7 +92,7 @@ class TrainConfig(GPTConfig):
 
 
 # A run may go on with other values of these; any other difference makes it another run.
-FREE_TO_CHANGE = {"out_dir", "resume", "micro_batch_size", "log_every", "eval_every", "checkpoint_every",
+FREE_TO_CHANGE = {"out_dir", "resume", "micro_batch_size", "log_every", "eval_every", "eval_induction", "checkpoint_every",
                   "device", "dtype", "compile", "fsdp", "recompute", "dry_run", "dry_run_mfu"}
 
 
@@ -243,6 +246,8 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
                 if not math.isfinite(line["val_loss"]):
                     raise UserError(f"the val loss is {line['val_loss']} after step {step}; checkpoints are left as they were. "
                                     "Start over (--resume=no) with a lower --learning_rate")
+                if config.eval_induction:
+                    line["val_induction"] = evaluate_induction(fast_model, corpus, config, device, autocast)
             improved = evaluate_now and line["val_loss"] < best
             if improved:
                 best, best_step = line["val_loss"], step
@@ -289,7 +294,14 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
 
     if rank == 0 and last:
         print(f"\ndone: best val loss {best:.4f} at step {best_step}\n"
-              f"{out_dir} has best.pt (the model at that step), ckpt.pt (the latest) and log.jsonl (every figure above)\n")
+              f"{out_dir} has best.pt (the model at that step), ckpt.pt (the latest) and log.jsonl (every figure above)")
+        try:
+            from plot import draw_curves  # here, as nothing else in training needs matplotlib
+
+            draw_curves([out_dir], out_dir / "loss.png")
+            print(f"and loss.png (its curves; python plot.py {out_dir} and other runs compares them)\n")
+        except Exception as error:  # the run has ended well, and everything that it made is saved
+            print(f"no picture of its curves: {type(error).__name__}: {error} (python plot.py {out_dir} tries again)\n")
         if not config.fsdp:  # a shard alone says nothing
             try:
                 print_sample(model, Tokenizer(corpus.tokenizer), device)
@@ -413,6 +425,31 @@ def evaluate(model, corpus: Corpus, config: TrainConfig, device, autocast, rank:
     return total.item() / (len(starts) * config.block_size)
 
 
+@torch.no_grad()
+def evaluate_induction(model, corpus: Corpus, config: TrainConfig, device, autocast, n: int = 64) -> float:
+    """Mean loss in nats where random tokens come a second time: n sequences of block_size / 2 ids, each followed by itself.
+
+    The ids are drawn evenly from those that occur in the windows of `evaluate`, the same for every run on a corpus and
+    context. Chance is the logarithm of their number, a perfect induction head's loss 0: nothing but the sequence itself
+    can tell. The first token of the repeat does not count, as nothing says that one begins.
+    """
+    ids = np.unique(corpus.windows("val", val_starts(corpus, config.block_size, config.eval_tokens), config.block_size))
+    once = np.random.RandomState(0).choice(ids, (n, config.block_size // 2))  # the numbers of a RandomState never change
+    twice = torch.from_numpy(np.concatenate([once, once], axis=1))  # (n, 2L)
+    L, B = once.shape[1], config.micro_batch_size
+    tokens = torch.full((-(-n // B) * B, config.block_size + 1), -1)  # the shape of `evaluate`: torch.compile makes no second one
+    tokens[:n, : 2 * L] = twice
+    targets = tokens[:, 1:].clone()
+    targets[:, :L] = -1
+    model.eval()
+    total = torch.zeros((), device=device)
+    for x, y in zip(tokens[:, :-1].clamp(min=0).split(B), targets.split(B), strict=True):
+        with autocast:
+            total += model(x.to(device), y.to(device), reduction="sum")
+    model.train()
+    return total.item() / (n * (L - 1))
+
+
 def fetch_figures(pending: list, step: int, config: TrainConfig, scaled: bool) -> list[list[float]]:
     """Empties `pending` of (loss, gradient norm) of the steps up to `step`; returns them as numbers, once all are finite.
 
@@ -453,7 +490,8 @@ class Stop:
 def console_line(line: dict, config: TrainConfig, seconds_left: float) -> str:
     step = line["step"]
     parts = [f"step {step:>{len(str(config.max_steps))}}/{config.max_steps}"]
-    parts += [f"{name} {line[key]:.4f}" for name, key in (("loss", "loss"), ("val loss", "val_loss")) if key in line]
+    names = {"loss": "loss", "val_loss": "val loss", "val_induction": "induction"}
+    parts += [f"{name} {line[key]:.4f}" for key, name in names.items() if key in line]
     if "lr" in line:
         parts += [f"lr {line['lr']:.2e}", f"{line['tokens_per_s']:,} tokens/s"]
     if "mfu" in line:
@@ -520,7 +558,7 @@ def find_checkpoint(config: TrainConfig, corpus: Corpus) -> dict | None:
         return checkpoint
     if config.resume == "yes":
         raise UserError(f"resume=yes, but there is no {path}")
-    left = [out_dir / name for name in ("ckpt.pt", "best.pt", "log.jsonl") if (out_dir / name).exists()]
+    left = [out_dir / name for name in ("ckpt.pt", "best.pt", "log.jsonl", "loss.png") if (out_dir / name).exists()]
     if left:
         aside = next(p for n in range(1, sys.maxsize) if not (p := out_dir / f"old-{n}").exists())
         aside.mkdir()

@@ -48,10 +48,11 @@ def _report(message: str) -> int:
     return 2
 
 
-def parse(cls, argv: list[str]):
-    """Makes a `cls` from config files and --key=value options. --help prints the fields and exits with 0."""
+def parse(cls, argv: list[str], arguments: str = "[config/file.py ...]"):
+    """Makes a `cls` from config files and --key=value options. --help prints the fields, with what other `arguments` there
+    are, and exits with 0."""
     if "--help" in argv or "-h" in argv:
-        print(help_text(cls))
+        print(help_text(cls, arguments))
         raise SystemExit(0)
     values, later = {}, {}
     for arg in argv:
@@ -147,13 +148,13 @@ def _checked(kind, name: str, value):
     raise TypeError(f"{name} = {value!r} ({type(value).__name__}) must be {_spell(kind)}")
 
 
-def help_text(cls) -> str:
+def help_text(cls, arguments: str = "[config/file.py ...]") -> str:
     """One line a field: name, type, default and the comment behind it in the source."""
     comments = {}
     for base in reversed(cls.__mro__[:-1]):
         comments |= dict(re.findall(r"^    (\w+): [^#\n]*#(.*)$", inspect.getsource(base), re.MULTILINE))
     script = Path(sys.argv[0]).name
-    lines = [inspect.getdoc(sys.modules[cls.__module__]), "", f"usage: python {script} [config/file.py ...] [--key=value ...]"]
+    lines = [inspect.getdoc(sys.modules[cls.__module__]), "", f"usage: python {script} {arguments} [--key=value ...]"]
     for field in dataclasses.fields(cls):
         kind = _spell(_fields(cls)[field.name])
         lines.append(f"  --{field.name}={field.default}  ({kind})\n      {comments.get(field.name, '').strip()}")
