@@ -211,7 +211,7 @@ def ends_table(groups: dict[str, list[dict]]) -> str:
         row += [spread([last(one, "val_loss") for one in runs]), spread(best), f"{np.mean(speed):,.0f}" if speed else ""]
         row.append(difference(first, runs) if runs is not first else "")
         rows.append(row)
-    head = ["", "seeds", "steps", "final val loss", "best val loss", "tokens/s", f"final, less that of {first_label}"]
+    head = ["", "seeds", "steps", "final val loss", "best val loss", "tokens/s", f"against {first_label}"]
     return table(head, rows) if len(rows) > 1 else table(head[:-1], [rows[0][:-1]])
 
 
@@ -251,23 +251,25 @@ def draw_scalars(folders, out, checkpoint: str = "best.pt") -> str:
         columns[label] = [f"{n} ({n / sum(counts):.0%})" for n in counts]
         n_layer = len(alpha)
         layer = np.broadcast_to(np.arange(1, n_layer + 1)[:, None], alpha[:, 0].shape)
-        colors = dict(c=layer, cmap="viridis", vmin=0.5, vmax=n_layer + 0.5, s=18, alpha=0.8)
+        colors = dict(c=layer, cmap="viridis", vmin=1, vmax=max(2, n_layer), s=18, alpha=0.8)
         keys.scatter(alpha[:, 0], alpha[:, 1], **colors)
         values.scatter(beta[:, 0], beta[:, 1], **colors)
         points = both.scatter(alpha[:, 0] - alpha[:, 1], beta[:, 0] - beta[:, 1], **colors)
         for ax, name in ((keys, "alpha"), (values, "beta")):
-            ax.axline((0, 0), slope=1, color="black", linewidth=0.8, label="equal")
-            ax.axline((0, 1), slope=-1, color="black", linewidth=0.8, linestyle=":", label="where they begin")
+            ax.axline((0, 0), slope=1, color="black", linewidth=0.8)
+            ax.axline((0, 1), slope=-1, color="black", linewidth=0.8, linestyle=":")
             ax.set(xlabel=rf"$\{name}_1$, the token's own", ylabel=rf"$\{name}_2$, the token's before")
         both.axhline(0, color="black", linewidth=0.8)
         both.axvline(0, color="black", linewidth=0.8)
-        for n, (across, up) in zip(counts, ((0.97, 0.97), (0.03, 0.97), (0.97, 0.03), (0.03, 0.03)), strict=True):
-            text = f"induction-like: {n}" if (across, up) == (0.03, 0.97) else str(n)
-            both.text(across, up, text, transform=both.transAxes, ha="left" if across < 0.5 else "right",
-                      va="bottom" if up < 0.5 else "top")
+        names = ("", "induction-like: ", "", "")
+        for name, n, (across, up) in zip(names, counts, ((1, 1), (0, 1), (1, 0), (0, 0)), strict=True):
+            both.text(0.02 + 0.96 * across, 0.02 + 0.96 * up, f"{name}{n}", transform=both.transAxes,
+                      ha="right" if across else "left", va="top" if up else "bottom",
+                      bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1})
         both.set(xlabel=r"$\alpha_1 - \alpha_2$", ylabel=r"$\beta_1 - \beta_2$")
         figure.colorbar(points, ax=both, label="layer", ticks=np.unique(np.linspace(1, n_layer, min(n_layer, 8)).round()))
         keys.set_title(label)
+        values.set_title("dotted: the sum is 1, as at the start", fontsize=9)
     save(figure, out)
     return table(list(columns), [list(row) for row in zip(*columns.values(), strict=True)])
 

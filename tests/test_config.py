@@ -94,3 +94,14 @@ def test_every_preset_fits_its_script():
     assert {path.stem for path in presets} >= {"quickstart", "shakespeare_char", "shakespeare_char_cpu", "gpt2"}
     for path in presets:
         assert parse(TrainConfig, [str(path)]).out_dir != TrainConfig.out_dir, path
+
+
+def test_every_comparison_is_a_corpus_and_a_variant():
+    presets = {path.stem: str(path) for path in (ROOT / "config/compare").glob("*.py")}
+    bases = [presets.pop(name) for name in ("shakespeare", "pystdlib")]
+    assert {"vanilla", "kv", "size_2.7m", "learning_rates", "smeared"} <= presets.keys()
+    presets.pop("per_channel")
+    for base in bases:
+        for name, path in presets.items():
+            same = parse(TrainConfig, [base, path]) == parse(TrainConfig, [base])
+            assert same == (name in ("kv", "size_0.8m")), name  # these two are what the others are compared with
