@@ -149,7 +149,7 @@ def draw_curves(folders, out, x: str = "steps") -> str:
             color, line, marker = style(i)
             ax.plot(xs, mean, line, color=color, marker=marker, markersize=4, markevery=max(1, len(xs) // 8), label=label)
             ax.fill_between(xs, low, high, color=color, alpha=0.2, linewidth=0)
-            late = xs >= 0.1 * xs.max(initial=0)
+            late = xs >= 0.2 * xs.max(initial=0)
             settled += [*low[late], *high[late]]
         if key != "val_induction" and x not in OVER and settled:  # the first fall would leave no room for the differences
             margin = 0.05 * (max(settled) - min(settled)) or 0.1
@@ -162,7 +162,7 @@ def draw_curves(folders, out, x: str = "steps") -> str:
     label_of = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(label_of.values(), label_of.keys(), loc="outside lower center", ncols=min(3, len(label_of)), frameon=False)
     save(figure, out)
-    return ends_table(group(runs))
+    return ends_table(group(runs), x)
 
 
 def curves(runs: list[dict], key: str, x: str):
@@ -198,10 +198,9 @@ def last(one: dict, key: str) -> float:
     return [line[key] for line in one["lines"] if key in line][-1]
 
 
-def ends_table(groups: dict[str, list[dict]]) -> str:
-    """A row for each group: means and standard deviations over its seeds, and how far it is from the first group, seed by
-    seed, with the standard error."""
-    first_label, first = next(iter(groups.items()))
+def ends_table(groups: dict[str, list[dict]], x: str = "steps") -> str:
+    """A row for each group: means and standard deviations over its seeds, and how far it is from the first group (of the
+    same rate or size, where x is that), seed by seed, with the standard error."""
     rows = []
     for label, runs in groups.items():
         steps = sorted({last(one, "step") for one in runs})
@@ -209,9 +208,11 @@ def ends_table(groups: dict[str, list[dict]]) -> str:
         speed = [last(one, "tokens") / last(one, "seconds") for one in runs if any("tokens" in line for line in one["lines"])]
         row = [label, str(len(runs)), " to ".join(f"{n:,}" for n in dict.fromkeys((steps[0], steps[-1])))]
         row += [spread([last(one, "val_loss") for one in runs]), spread(best), f"{np.mean(speed):,.0f}" if speed else ""]
-        row.append(difference(first, runs) if runs is not first else "")
-        rows.append(row)
-    head = ["", "seeds", "steps", "final val loss", "best val loss", "tokens/s", f"against {first_label}"]
+        first = next(others for others in groups.values()
+                     if all(others[0]["config"][name] == runs[0]["config"][name] for name in OVER.get(x, ())))
+        rows.append(row + [difference(first, runs) if runs is not first else ""])
+    against = f"the first of the same {AXES[x]}" if x in OVER else next(iter(groups))
+    head = ["", "seeds", "steps", "final val loss", "best val loss", "tokens/s", f"against {against}"]
     return table(head, rows) if len(rows) > 1 else table(head[:-1], [rows[0][:-1]])
 
 
@@ -266,6 +267,7 @@ def draw_scalars(folders, out, checkpoint: str = "best.pt") -> str:
             both.text(0.02 + 0.96 * across, 0.02 + 0.96 * up, f"{name}{n}", transform=both.transAxes,
                       ha="right" if across else "left", va="top" if up else "bottom",
                       bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1})
+        both.margins(0.2)  # room for the counts
         both.set(xlabel=r"$\alpha_1 - \alpha_2$", ylabel=r"$\beta_1 - \beta_2$")
         figure.colorbar(points, ax=both, label="layer", ticks=np.unique(np.linspace(1, n_layer, min(n_layer, 8)).round()))
         keys.set_title(label)

@@ -111,10 +111,14 @@ def test_the_table_is_what_a_hand_computes(call, tmp_path):
 
 @pytest.mark.parametrize("x", ["seconds", "learning_rate", "parameters"])
 def test_every_axis_can_be_drawn(call, tmp_path, x):
-    folders = [write_log(tmp_path / f"{rate}", [4.0, 3.0, 2.0], learning_rate=rate) for rate in (1e-3, 1e-2)]
-    folders.append(write_log(tmp_path / "begun", [4.0]))
-    assert call(plot.main, *folders, f"--x={x}", f"--out={tmp_path}/a.png")[0] == 0
-    assert imread(tmp_path / "a.png").std() > 0.01
+    folders = [write_log(tmp_path / f"{kv}-{rate}", [4.0, 3.0, rate * 100 + bonus], learning_rate=rate, kv_shift=kv)
+               for kv, bonus in (("none", 0.5), ("kv", 0)) for rate in (1e-3, 1e-2)]
+    folders.append(write_log(tmp_path / "begun", [4.0], kv_shift="k"))
+    code, out, _ = call(plot.main, *folders, f"--x={x}", f"--out={tmp_path}/a.png")
+    assert code == 0 and imread(tmp_path / "a.png").std() > 0.01
+    # over rates a group is compared with the first of its own rate, else with the first of all
+    assert [row[-1] for row in cells(out)[2:]] == ["", *(["", "-0.5000", "-0.5000"] if x != "seconds" else
+                                                         ["+0.9000", "-0.5000", "+0.4000"]), ""]
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -190,7 +190,7 @@ def test_best_is_never_replaced_by_a_worse_model(call, corpus, tmp_path, monkeyp
 def test_what_an_earlier_run_left_is_moved_aside(call, corpus, tmp_path):
     arguments = options(TINY, dataset=corpus, out_dir=tmp_path)
     call(train.main, *arguments)
-    before = {name: (tmp_path / name).read_bytes() for name in ("ckpt.pt", "best.pt", "log.jsonl")}
+    before = {name: (tmp_path / name).read_bytes() for name in ("ckpt.pt", "best.pt", "log.jsonl", "loss.png")}
     code, out, _ = call(train.main, *arguments)
     assert code == 0 and "is complete: step 4 of 4" in out
     assert before == {name: (tmp_path / name).read_bytes() for name in before}
@@ -213,7 +213,7 @@ def test_a_restart_by_torchrun_goes_on_even_with_resume_no(call, corpus, tmp_pat
 def test_what_a_killed_save_left_half_written_is_removed(call, corpus, tmp_path):
     (tmp_path / ".ckpt.pt.99.tmp").write_bytes(b"half a checkpoint")
     assert call(train.main, *options(TINY, dataset=corpus, out_dir=tmp_path))[0] == 0
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["best.pt", "ckpt.pt", "log.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["best.pt", "ckpt.pt", "log.jsonl", "loss.png"]
 
 
 def test_a_run_ends_well_where_its_tokenizer_cannot_be_had(call, corpus, tmp_path, monkeypatch):
