@@ -59,9 +59,9 @@ def read_run(folder: Path) -> dict:
     try:
         text = path.read_text()
         header, *lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())  # the last line may be half written
-        run = {"path": path, "config": dict(header["config"]), "lines": lines}
-        model = GPTConfig(**{f.name: run["config"][f.name] for f in fields(GPTConfig) if f.name in run["config"]})
-        run["parameters"] = header["parameters"] - (2 - model.tie_embeddings) * model.padded_vocab_size * model.n_embd
+        config = dict(header["config"])
+        model = GPTConfig(**{f.name: config[f.name] for f in fields(GPTConfig) if f.name in config})
+        parameters = header["parameters"] - (2 - model.tie_embeddings) * model.padded_vocab_size * model.n_embd
         if not all(math.isfinite(line["step"] + line.get("loss", 0) + line.get("val_loss", 0)) for line in lines):
             raise ValueError("a figure is not finite")
     except (FileNotFoundError, NotADirectoryError):
@@ -70,7 +70,7 @@ def read_run(folder: Path) -> dict:
         raise UserError(f"{path} is damaged or no log of train.py ({type(error).__name__}: {error})") from None
     if not any("val_loss" in line for line in lines):
         raise UserError(f"nothing to draw in {path}: the run has not been evaluated yet")
-    return run
+    return {"config": config, "parameters": parameters, "lines": lines}
 
 
 def group(runs: list[dict], over: tuple = ()) -> dict[str, list[dict]]:
