@@ -199,7 +199,7 @@ def last(one: dict, key: str) -> float:
 
 
 def ends_table(groups: dict[str, list[dict]], x: str = "steps") -> str:
-    """A row for each group: means and standard deviations over its seeds, and how far it is from the first group (of the
+    """A row for each group: means and standard deviations over its runs, and how far it is from the first group (of the
     same rate or size, where x is that), seed by seed, with the standard error."""
     rows = []
     for label, runs in groups.items():
@@ -212,7 +212,7 @@ def ends_table(groups: dict[str, list[dict]], x: str = "steps") -> str:
                      if all(others[0]["config"][name] == runs[0]["config"][name] for name in OVER.get(x, ())))
         rows.append(row + [difference(first, runs) if runs is not first else ""])
     against = f"the first of the same {AXES[x]}" if x in OVER else next(iter(groups))
-    head = ["", "seeds", "steps", "final val loss", "best val loss", "tokens/s", f"against {against}"]
+    head = ["", "runs", "steps", "final val loss", "best val loss", "tokens/s", f"against {against}"]
     return table(head, rows) if len(rows) > 1 else table(head[:-1], [rows[0][:-1]])
 
 

@@ -94,7 +94,7 @@ def test_the_table_is_what_a_hand_computes(call, tmp_path):
     code, out, _ = call(plot.main, *folders, folders[0], f"--out={tmp_path}/new/a.png")
     assert code == 0
     head, _, vanilla, shifted = cells(out)
-    assert head == ["", "seeds", "steps", "final val loss", "best val loss", "tokens/s", "against kv_shift=none"]
+    assert head == ["", "runs", "steps", "final val loss", "best val loss", "tokens/s", "against kv_shift=none"]
     assert vanilla == ["kv_shift=none", "3", "20", "2.2000 ± 0.2000", "2.1667 ± 0.2517", "256", ""]
     # the differences are -0.1, -0.2, -0.3: their deviation is 0.1, and 0.1 / sqrt(3) the error of their mean
     assert shifted == ["kv_shift=kv", "3", "20", "2.0000 ± 0.1000", "2.0000 ± 0.1000", "256", "-0.2000 ± 0.0577"]
