@@ -373,9 +373,8 @@ def attention_weights(model: GPT, idx) -> torch.Tensor:
     block = model.blocks[0]
     attn, (B, T) = block.attn, idx.shape
     H, K, D = attn.n_head, attn.n_kv_head, attn.head_dim
-    qkv = attn.qkv(block.norm_attn(model.embed(idx)))
-    qkv = qkv if attn.shift is None else attn.mix(qkv, None)
-    q, k = rotate(qkv.view(B, T, -1, D)[:, :, : H + K], model.cos[:T], model.sin[:T]).transpose(1, 2).split([H, K], dim=1)
+    q, k, _ = attn.project(block.norm_attn(model.embed(idx)))
+    q, k = (rotate(x.view(B, T, -1, D), model.cos[:T], model.sin[:T]).transpose(1, 2) for x in (q, k))  # (B, heads, T, D)
     scores = q @ k.repeat_interleave(H // K, dim=1).transpose(2, 3) / D**0.5  # (B, H, T, T)
     return scores.masked_fill(~torch.ones(T, T, dtype=torch.bool, device=idx.device).tril(), -torch.inf).softmax(dim=-1)
 

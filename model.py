@@ -8,6 +8,7 @@ Letters in the shape comments: B sequences in a batch, T tokens in a sequence, C
 D = C / H dimensions in a head, W = shift_window, V = vocab_size.
 """
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +34,7 @@ class GPTConfig:
     kv_shift: Literal["none", "kv", "k", "v", "qkv"] = "kv"  # projections mixed with earlier tokens; kv is the paper's
     shift_window: int = 2  # how many tokens a mix reaches over, its own included (2 in the paper)
     shift_weights: Literal["free", "gate", "clamp"] = "free"  # free scalars | softmax over the window | held in [0, 1]
+    shift_per: Literal["head", "channel"] = "head"  # a scalar for each head | for each channel, a short depthwise convolution
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -60,8 +62,9 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding table: tensor cores want a multiple of 64. The added rows are never predicted."""
-        return -(-self.vocab_size // 64) * 64
+        """Rows of the embedding table: tensor cores want a multiple of 64 where there are many. The added rows are never
+        predicted."""
+        return self.vocab_size if self.vocab_size < 1024 else -(-self.vocab_size // 64) * 64
 
 
 class KVShift(nn.Module):
@@ -76,36 +79,45 @@ class KVShift(nn.Module):
 
     shift_weights: "free" uses the scalars as they are; "clamp" holds them in [0, 1] when used; "gate" makes them a
     softmax over the window, the last token's logit being 0 and not stored: (sigmoid(a), 1 - sigmoid(a)) for W = 2.
+    shift_per: "channel" has a weight for each of a head's D channels, alpha and beta being (W, K D). Not in the paper.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         H, K, D = config.n_head, config.n_kv_head, config.head_dim
-        self.kind, self.window, self.head_dim = config.shift_weights, config.shift_window, D
+        self.kind, self.window = config.shift_weights, config.shift_window
+        self.channels = D if config.shift_per == "head" else 1  # that share a weight
         rows = self.window - 1 if self.kind == "gate" else self.window
+        H, K = H * D // self.channels, K * D // self.channels
         self.gamma = nn.Parameter(torch.empty(rows, H)) if config.kv_shift == "qkv" else None
         self.alpha = nn.Parameter(torch.empty(rows, K)) if "k" in config.kv_shift else None
         self.beta = nn.Parameter(torch.empty(rows, K)) if "v" in config.kv_shift else None
-        # q, k and v lie side by side in one tensor, and what is mixed is one run of its channels
-        first = {"k": H, "v": H + K, "kv": H, "qkv": 0}[config.kv_shift] * D
-        last = {"k": H + K, "v": H + 2 * K, "kv": H + 2 * K, "qkv": H + 2 * K}[config.kv_shift] * D
-        self.channels = slice(first, last)
 
-    def weights(self) -> torch.Tensor:
-        """The weights as they are used, (W, mixed heads): the queries' heads, the keys', then the values'."""
-        w = torch.cat([p for p in (self.gamma, self.alpha, self.beta) if p is not None], dim=1)
+    def weights(self, stored: torch.Tensor) -> torch.Tensor:
+        """alpha, beta or gamma as it is used, with W rows."""
         if self.kind == "gate":
-            return F.pad(w, (0, 0, 0, 1)).softmax(dim=0)
-        return w.clamp(0, 1) if self.kind == "clamp" else w
+            return F.pad(stored, (0, 0, 0, 1)).softmax(dim=0)
+        return stored.clamp(0, 1) if self.kind == "clamp" else stored
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, W - 1 + T, mixed channels), the W - 1 rows before the first token in front -> (B, T, mixed channels)."""
-        W, T = self.window, x.size(1) - self.window + 1
-        w = self.weights().to(x.dtype).repeat_interleave(self.head_dim, dim=1)  # (W, mixed channels)
-        y = w[0] * x[:, W - 1 :]
-        for i in range(1, W):
-            y = torch.addcmul(y, w[i], x[:, W - 1 - i : W - 1 - i + T])
-        return y
+    def taps(self) -> list[torch.Tensor | None]:
+        """The weight of each channel of the queries, the keys and the values, (W, channels); None: these are not mixed."""
+        return [None if stored is None else self.weights(stored).repeat_interleave(self.channels, dim=1)
+                for stored in (self.gamma, self.alpha, self.beta)]
+
+    def forward(self, q, k, v):
+        """q (B, T, H D), k and v (B, T, K D), before rotation -> the same, mixed."""
+        return [x if w is None else mix(x, x.new_zeros(len(x), self.window - 1, x.size(-1)), w)
+                for x, w in zip((q, k, v), self.taps(), strict=True)]
+
+
+def mix(x, before, w):
+    """The sum of w_i x_{t-i}: x (B, T, channels), before (B, W - 1, channels) what lies before it, w (W, channels)."""
+    w = w.to(x.dtype)
+    y = w[0] * x
+    for i in range(1, len(w)):
+        x = torch.cat([before.narrow(1, len(w) - 1 - i, 1), x[:, :-1]], dim=1)  # one place further back
+        y.addcmul_(w[i], x)  # in place: y is still in the processor's cache
+    return y
 
 
 @dataclass
@@ -118,13 +130,18 @@ class Cache:
 
     k: torch.Tensor  # (n_layer, B, K, max_length, D), mixed and rotated
     v: torch.Tensor  # (n_layer, B, K, max_length, D), mixed
-    raw: torch.Tensor  # (n_layer, B, W - 1, mixed channels), zeros before the first token
+    raw: torch.Tensor  # (n_layer, B, W - 1, (H + 2K) D), q, k and v side by side; zeros before the first token
+    taps: torch.Tensor  # (n_layer, W, (H + 2K) D), the shift's weights for each of their channels, (1, 0, ...) where it has none
     length: int = 0  # tokens read so far
+
+    def clear(self):
+        self.length = 0
+        self.raw.zero_()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary positions: turns dimensions d and d + D/2 of x (B, T, heads, D) by the angles of cos, sin (T, 1, D)."""
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
+    return (x * cos).addcmul_(x.roll(x.size(-1) // 2, dims=-1), sin)
 
 
 class Attention(nn.Module):
@@ -132,53 +149,58 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.dropout = layer, config.dropout
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False)
+        self.widths = [heads * self.head_dim for heads in (self.n_head, self.n_kv_head, self.n_kv_head)]  # of q, k and v
+        self.qkv = nn.Linear(config.n_embd, sum(self.widths), bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.shift = KVShift(config) if config.kv_shift != "none" else None
 
-    def forward(self, x, cos, sin, cache: Cache | None = None):
+    def forward(self, x, cos, sin, cache: Cache | None = None, at: torch.Tensor | None = None):
         B, T, C = x.shape
         H, K, D = self.n_head, self.n_kv_head, self.head_dim
-        qkv = self.qkv(x)  # (B, T, (H + 2K) D)
-        if self.shift is not None:  # before the rotation
-            qkv = self.mix(qkv, cache)
-        qk, v = qkv.view(B, T, -1, D).split([H + K, K], dim=2)  # (B, T, heads, D)
-        q, k = rotate(qk, cos, sin).transpose(1, 2).split([H, K], dim=1)  # (B, heads, T, D)
-        v = v.transpose(1, 2)
-        past = 0
-        if cache is not None:
-            past = cache.length
-            cache.k[self.layer, :, :, past : past + T] = k
-            cache.v[self.layer, :, :, past : past + T] = v
-            k, v = cache.k[self.layer, :, :, : past + T], cache.v[self.layer, :, :, : past + T]
+        q, k, v = self.project(x, cache)
+        q = rotate(q.view(B, T, H, D), cos, sin).transpose(1, 2)  # (B, H, T, D)
+        k = rotate(k.view(B, T, K, D), cos, sin).transpose(1, 2)
+        v = v.view(B, T, K, D).transpose(1, 2)
         # The first of T new tokens sees the past and itself, the last one everything. `is_causal` says so where there is
         # no past; a single token needs no mask.
-        mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past and T > 1 else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1 and mask is None, enable_gqa=K < H,
+        mask, is_causal = None, T > 1
+        if at is not None:  # `GPT.step`: one token, the place of which is known to the device alone
+            k, v = cache.k[self.layer].index_copy_(2, at, k), cache.v[self.layer].index_copy_(2, at, v)
+            mask = torch.arange(k.size(2), device=x.device)[None] <= at  # (1, max_length)
+        elif cache is not None:
+            past, end = cache.length, cache.length + T
+            cache.k[self.layer, :, :, past:end] = k
+            cache.v[self.layer, :, :, past:end] = v
+            k, v = cache.k[self.layer, :, :, :end], cache.v[self.layer, :, :, :end]
+            if past and T > 1:
+                mask, is_causal = torch.ones(T, end, dtype=torch.bool, device=x.device).tril(past), False
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=K < H,
                                            dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
-    def mix(self, qkv, cache):
-        channels, window = self.shift.channels, self.shift.window
-        x = qkv[..., channels]
-        before = x.new_zeros(x.size(0), window - 1, x.size(2)) if cache is None else cache.raw[self.layer]
-        x = torch.cat([before.to(x.dtype), x], dim=1)  # (B, W - 1 + T, mixed channels)
-        if cache is not None:
-            cache.raw[self.layer] = x[:, 1 - window :]
-        return torch.cat([qkv[..., : channels.start], self.shift(x), qkv[..., channels.stop :]], dim=-1)
+    def project(self, x, cache: Cache | None = None):
+        """x (B, T, C) -> q (B, T, H D), k and v (B, T, K D), mixed with earlier tokens and not yet rotated."""
+        qkv = self.qkv(x)  # (B, T, (H + 2K) D)
+        if cache is not None and self.shift is not None:
+            before = cache.raw[self.layer]
+            mixed = mix(qkv, before, cache.taps[self.layer])
+            cache.raw[self.layer] = torch.cat([before, qkv], dim=1)[:, 1 - self.shift.window :]
+            return mixed.split(self.widths, dim=-1)
+        q, k, v = qkv.split(self.widths, dim=-1)
+        return (q, k, v) if self.shift is None else self.shift(q, k, v)
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), gate and up being one matrix."""
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.gate_up = nn.Linear(config.n_embd, 2 * config.ffn_size, bias=False)
+        self.gate = nn.Linear(config.n_embd, config.ffn_size, bias=False)
+        self.up = nn.Linear(config.n_embd, config.ffn_size, bias=False)
         self.down = nn.Linear(config.ffn_size, config.n_embd, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
@@ -190,8 +212,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
-    def forward(self, x, cos, sin, cache: Cache | None = None):
-        x = x + self.dropout(self.attn(self.norm_attn(x), cos, sin, cache))
+    def forward(self, x, cos, sin, cache: Cache | None = None, at: torch.Tensor | None = None):
+        x = x + self.dropout(self.attn(self.norm_attn(x), cos, sin, cache, at))
         return x + self.dropout(self.mlp(self.norm_mlp(x)))
 
 
@@ -227,7 +249,7 @@ class GPT(nn.Module):
 
         | parameter                     | distribution                                       |
         |-------------------------------|----------------------------------------------------|
-        | embed, head, qkv, gate_up     | N(0, 0.02^2)                                       |
+        | embed, head, qkv, gate, up    | N(0, 0.02^2)                                       |
         | out, down (end a half-block)  | N(0, 0.02^2 / (2 n_layer)), as in GPT-2            |
         | norms                         | 1                                                  |
         | alpha, beta, gamma            | U(0, 1), the last of a window 1 - sum of the others |
@@ -266,10 +288,23 @@ class GPT(nn.Module):
             in one go, in chunks and token by token. All B sequences are of one length: there is no padding.
         Returns the logits (B, T, V), or the loss in nats, a scalar.
         """
-        logits = self.head(self.hidden(idx, cache))[..., : self.config.vocab_size]
+        x = self.hidden(idx, cache)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
+            return self.logits(x)
+        x, targets = x.flatten(0, 1), targets.flatten()
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self.loss(x, targets, reduction)
+        # the logits of 1024 tokens at a time, computed again in the backward pass: all of them would be the largest tensor
+        total = sum(checkpoint(self.loss, x_part, targets_part, "sum", use_reentrant=False)
+                    for x_part, targets_part in zip(x.split(1024), targets.split(1024), strict=True))
+        return total / (targets != -1).sum() if reduction == "mean" else total
+
+    def logits(self, x):
+        """What `hidden` gives, (..., C) -> (..., V)."""
+        return self.head(x)[..., : self.config.vocab_size]
+
+    def loss(self, x, targets, reduction):
+        return F.cross_entropy(self.logits(x), targets, ignore_index=-1, reduction=reduction)
 
     def hidden(self, idx, cache: Cache | None = None):
         """(B, T) token ids -> (B, T, C), what the head reads."""
@@ -288,22 +323,38 @@ class GPT(nn.Module):
             cache.length = end
         return self.norm(x)
 
+    @torch.no_grad()
     def new_cache(self, batch_size: int, max_length: int | None = None) -> Cache:
         """An empty cache for `batch_size` sequences of up to `max_length` (block_size) tokens."""
         c, w = self.config, self.head.weight
         kv = (c.n_layer, batch_size, c.n_kv_head, max_length or c.block_size, c.head_dim)
-        shift = self.blocks[0].attn.shift
-        mixed = (c.shift_window - 1, shift.channels.stop - shift.channels.start) if shift is not None else (0, 0)
-        return Cache(w.new_empty(kv), w.new_empty(kv), w.new_zeros(c.n_layer, batch_size, *mixed))
+        widths = self.blocks[0].attn.widths
+        taps = w.new_zeros(c.n_layer, c.shift_window, sum(widths))
+        taps[:, 0] = 1.0
+        for block, rows in zip(self.blocks, taps, strict=True):
+            if block.attn.shift is not None:
+                for part, used in zip(rows.split(widths, dim=-1), block.attn.shift.taps(), strict=True):
+                    if used is not None:
+                        part.copy_(used)
+        return Cache(w.new_empty(kv), w.new_empty(kv), w.new_zeros(c.n_layer, batch_size, c.shift_window - 1, sum(widths)), taps)
+
+    def step(self, token, cache: Cache, at: torch.Tensor):
+        """Logits (B, V) for what follows token (B, 1), read into the cache at place `at`, a tensor (1,). Unlike `forward` with
+        a cache it does the same for every token, over the whole cache, so that it can be one CUDA graph."""
+        x, cos, sin = self.embed(token), self.cos[at], self.sin[at]
+        for block in self.blocks:
+            x = block(x, cos.to(x.dtype), sin.to(x.dtype), cache, at)
+        return self.logits(self.norm(x)[:, 0])
 
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-               stop_token: int | None = None, generator: torch.Generator | None = None):
+               stop_token: int | None = None, generator: torch.Generator | None = None, compile: bool = False):
         """Yields (B,) token ids, one step after another, that go on from idx (B, T), T >= 1.
 
         temperature: 0 always takes the most likely token. top_k: only the k likeliest (0: all). top_p: only the
         likeliest that together have this probability. stop_token: a sequence that has made it repeats it, and
-        generation ends when all have.
+        generation ends soon after all have. compile: torch.compile for the steps of one token, which on CUDA become one
+        graph; it takes a minute and pays for long texts.
 
         Beyond block_size the window moves: of a long prompt the last block_size tokens are read; when the cache is
         full, the newest half of it is read again as a text of its own, and generation goes on from there. So every
@@ -311,23 +362,33 @@ class GPT(nn.Module):
         token.
         """
         B, block_size = idx.size(0), self.config.block_size
-        recent = new = idx[:, -block_size:]
-        cache = self.new_cache(B, min(block_size, recent.size(1) + max_new_tokens))
+        recent = deque(idx[:, -block_size:].unbind(1), maxlen=block_size)  # the last tokens, (B,) each
+        new = torch.stack(list(recent), dim=1)  # what the model reads next
+        cache = self.new_cache(B, min(block_size, len(recent) + max_new_tokens))
+        if compile:
+            step = torch.compile(self.step, mode="reduce-overhead" if idx.device.type == "cuda" else None)
+            for memory in (cache.k, cache.v, cache.raw, cache.taps):  # a CUDA graph may write to what stays where it is
+                torch._dynamo.mark_static_address(memory)
         stopped = torch.zeros(B, dtype=torch.bool, device=idx.device)
-        for _ in range(max_new_tokens):
+        for i in range(max_new_tokens):
             if cache.length + new.size(1) > block_size:
-                new = recent[:, -max(1, block_size // 2) :]
-                cache = self.new_cache(B)
-            token = sample(self.head(self.hidden(new, cache)[:, -1])[:, : self.config.vocab_size],
-                           temperature, top_k, top_p, generator)  # (B,)
+                new = torch.stack(list(recent)[-max(1, block_size // 2) :], dim=1)
+                cache.clear()
+            if compile and new.size(1) == 1:
+                logits = step(new, cache, torch.full((1,), cache.length, device=idx.device))
+                cache.length += 1
+            else:
+                logits = self.logits(self.hidden(new, cache)[:, -1])
+            token = sample(logits, temperature, top_k, top_p, generator)  # (B,)
             if stop_token is not None:
                 token = token.masked_fill(stopped, stop_token)
                 stopped |= token == stop_token
             yield token
-            if stop_token is not None and stopped.all():
+            # to ask a GPU is to wait for it, so not for every token
+            if stop_token is not None and (i % 16 == 15 or idx.device.type == "cpu") and stopped.all():
                 return
+            recent.append(token)
             new = token[:, None]
-            recent = torch.cat([recent[:, 1 - block_size :] if block_size > 1 else recent[:, :0], new], dim=1)
 
     def generate(self, idx, max_new_tokens: int, **options) -> torch.Tensor:
         """idx (B, T) and what `stream` adds to it, (B, T + up to max_new_tokens)."""

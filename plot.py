@@ -277,15 +277,16 @@ def draw_scalars(folders, out, checkpoint: str = "best.pt") -> str:
 
 
 def read_scalars(path: Path) -> dict:
-    """The config of a checkpoint, and its alpha and beta as they are used, each (layers, window, key/value heads)."""
+    """The config of a checkpoint, and its alpha and beta as they are used, each (layers, window, key/value heads, or their
+    channels)."""
     checkpoint = load_checkpoint(path)
     shifts = [block.attn.shift for block in load_model(checkpoint, "cpu").blocks]
     if any(shift is None or shift.alpha is None or shift.beta is None for shift in shifts):
         raise UserError(f"{path} has kv_shift={checkpoint['config']['kv_shift']}: only kv and qkv have both alpha and beta")
-    n = shifts[0].alpha.size(1)
     with torch.no_grad():
-        used = np.stack([shift.weights()[:, -2 * n :].float().numpy() for shift in shifts])  # keys, then values
-    return {"config": checkpoint["config"], "alpha": used[..., :n], "beta": used[..., n:]}
+        alpha = np.stack([shift.weights(shift.alpha).float().numpy() for shift in shifts])
+        beta = np.stack([shift.weights(shift.beta).float().numpy() for shift in shifts])
+    return {"config": checkpoint["config"], "alpha": alpha, "beta": beta}
 
 
 def count_heads(alpha: np.ndarray, beta: np.ndarray) -> list[int]:

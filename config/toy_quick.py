@@ -8,6 +8,6 @@ min_prefix = 4
 max_prefix = 8
 width = 32
 n_head = 2
-max_steps = 150
+max_steps = 400
 batch_size = 16
 learning_rate = 4e-3

@@ -100,7 +100,6 @@ def test_every_comparison_is_a_corpus_and_a_variant():
     presets = {path.stem: str(path) for path in (ROOT / "config/compare").glob("*.py")}
     bases = [presets.pop(name) for name in ("shakespeare", "pystdlib")]
     assert {"vanilla", "kv", "size_2.7m", "learning_rates", "smeared"} <= presets.keys()
-    presets.pop("per_channel")
     for base in bases:
         for name, path in presets.items():
             same = parse(TrainConfig, [base, path]) == parse(TrainConfig, [base])

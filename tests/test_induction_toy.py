@@ -125,8 +125,7 @@ def test_attention_weights_are_those_of_the_model(kv_shift):
     idx = torch.randint(9, (3, 10), generator=torch.Generator().manual_seed(0))
     block = model.blocks[0]
     x = block.norm_attn(model.embed(idx))
-    qkv = block.attn.qkv(x) if kv_shift == "none" else block.attn.mix(block.attn.qkv(x), None)
-    v = qkv.view(3, 10, 8, 8)[:, :, 6:].transpose(1, 2).repeat_interleave(2, dim=1)  # (B, H, T, D)
+    v = block.attn.project(x)[2].view(3, 10, 2, 8).transpose(1, 2).repeat_interleave(2, dim=1)  # (B, H, T, D)
     y = (toy.attention_weights(model, idx) @ v).transpose(1, 2).reshape(3, 10, 32)
     torch.testing.assert_close(block.attn.out(y), block.attn(x, model.cos, model.sin))
 

@@ -52,38 +52,38 @@ def test_one_seed_gives_vanilla_and_shifted_the_same_other_weights(kv_shift, win
 def test_initial_weights_are_uniform_and_sum_to_one(kind, window):
     many = {"n_layer": 200, "n_head": 16, "n_kv_head": 16, "n_embd": 32, "ffn_size": 1}
     model = tiny(shift_weights=kind, shift_window=window, **many)
-    keys, values = torch.cat([b.attn.shift.weights().detach() for b in model.blocks], dim=1).unflatten(1, (-1, 2, 16)).unbind(2)
-    w = torch.cat([keys.flatten(1), values.flatten(1)], dim=1)  # (window, 6400)
+    shifts = [block.attn.shift for block in model.blocks]
+    w = torch.cat([s.weights(p).detach() for s in shifts for p in (s.alpha, s.beta)], dim=1)  # (W, 6400)
     if kind != "clamp" or window == 2:  # a longer window's last weight may be negative, and is then clamped
         torch.testing.assert_close(w.sum(0), torch.ones(6400))
     if window == 2 or kind != "gate":
         deciles = torch.histc(w[0], bins=10, min=0, max=1) / 6400
         assert (deciles - 0.1).abs().max() < 0.02
-    assert abs(torch.corrcoef(torch.stack([w[0, :3200], w[0, 3200:]]))[0, 1]) < 0.1  # alpha and beta are drawn apart
+    alpha, beta = w[0].view(200, 2, 16).transpose(0, 1).flatten(1)
+    assert abs(torch.corrcoef(torch.stack([alpha, beta]))[0, 1]) < 0.1  # they are drawn apart
 
 
-@pytest.mark.parametrize("kv_shift, window, kind", [*itertools.product(SHIFTS, [2, 3, 5], KINDS)])
-def test_shift_is_the_papers_equation_head_by_head(kv_shift, window, kind):
+@pytest.mark.parametrize("kv_shift, window, kind, per", [*itertools.product(SHIFTS, [2, 3, 5], KINDS, ["head", "channel"])])
+def test_shift_is_the_papers_equation(kv_shift, window, kind, per):
     H, K, D, T = 4, 2, 4, 7
-    config = GPTConfig(n_head=H, n_kv_head=K, n_embd=H * D, kv_shift=kv_shift, shift_window=window, shift_weights=kind)
+    config = GPTConfig(n_head=H, n_kv_head=K, n_embd=H * D, kv_shift=kv_shift, shift_window=window, shift_weights=kind,
+                       shift_per=per)
     shift = randomize(KVShift(config), std=1.0)
-    stored = [p for p in (shift.gamma, shift.alpha, shift.beta) if p is not None]
-    heads = (H if "q" in kv_shift else 0) + (K if "k" in kv_shift else 0) + (K if "v" in kv_shift else 0)
-    qkv = torch.randn(2, T, (H + 2 * K) * D)
-    x = qkv[..., shift.channels]
-    assert x.size(-1) == heads * D
-    assert torch.equal(x[..., -1], qkv[..., -1 if "v" in kv_shift else (H + K) * D - 1])
-    got = shift(torch.cat([torch.zeros(2, window - 1, heads * D), x], dim=1))
-    weights = torch.cat(stored, dim=1)
-    for head, t in itertools.product(range(heads), range(T)):
-        w = weights[:, head]
-        if kind == "gate":
-            w = torch.cat([w.exp(), torch.ones(1)]) / (w.exp().sum() + 1)
-        if kind == "clamp":
-            w = w.clamp(0, 1)
-        channels = slice(head * D, head * D + D)
-        want = sum(w[i] * x[:, t - i, channels] for i in range(window) if t - i >= 0)
-        torch.testing.assert_close(got[:, t, channels], want)
+    qkv = [torch.randn(2, T, heads * D) for heads in (H, K, K)]
+    mixed = shift(*qkv)
+    for x, got, stored, name in zip(qkv, mixed, (shift.gamma, shift.alpha, shift.beta), "qkv", strict=True):
+        if name not in kv_shift:
+            assert stored is None and got is x
+            continue
+        assert stored.size(1) == (x.size(2) if per == "channel" else x.size(2) // D)
+        for channel, t in itertools.product(range(x.size(2)), range(T)):
+            w = stored[:, channel if per == "channel" else channel // D]
+            if kind == "gate":
+                w = torch.cat([w.exp(), torch.ones(1)]) / (w.exp().sum() + 1)
+            if kind == "clamp":
+                w = w.clamp(0, 1)
+            want = sum(w[i] * x[:, t - i, channel] for i in range(window) if t - i >= 0)
+            torch.testing.assert_close(got[:, t, channel], want)
 
 
 @pytest.mark.parametrize("kv_shift, window, kind", [("none", 2, "free"), *itertools.product(SHIFTS, [2, 3], KINDS)])
@@ -154,7 +154,8 @@ def test_cached_logits_are_those_of_one_full_pass_in_any_chunking(data):
     n_kv_head = data.draw(st.sampled_from([1, 2, 4]))
     kv_shift, kind = data.draw(st.sampled_from(["none", *SHIFTS])), data.draw(st.sampled_from(KINDS))
     window, T, B = data.draw(st.integers(2, 4)), data.draw(st.integers(1, 16)), data.draw(st.integers(1, 3))
-    model = tiny(n_kv_head=n_kv_head, kv_shift=kv_shift, shift_window=window, shift_weights=kind)
+    per = data.draw(st.sampled_from(["head", "channel"]))
+    model = tiny(n_kv_head=n_kv_head, kv_shift=kv_shift, shift_window=window, shift_weights=kind, shift_per=per)
     randomize(model, seed=data.draw(st.integers(0, 99)))
     idx = torch.randint(11, (B, T))
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, T - 1)), max_size=T)) - {T})
@@ -165,6 +166,9 @@ def test_cached_logits_are_those_of_one_full_pass_in_any_chunking(data):
             cache = model.new_cache(B, max_length=T)
             logits = torch.cat([model(chunk, cache=cache) for chunk in idx.tensor_split(chunking, dim=1)], dim=1)
             torch.testing.assert_close(logits, full, atol=1e-5, rtol=1e-5)
+        cache = model.new_cache(B)
+        logits = [model.step(idx[:, t, None], cache, torch.tensor([t])) for t in range(T)]  # as it is compiled
+        torch.testing.assert_close(torch.stack(logits, dim=1), full, atol=1e-5, rtol=1e-5)
         alone = torch.cat([model(row[None]) for row in idx])  # and a batch is its sequences
         torch.testing.assert_close(alone, full, atol=1e-5, rtol=1e-5)
 
@@ -211,14 +215,16 @@ def test_draws_follow_the_filtered_probabilities():
 
 
 def test_padded_ids_are_never_sampled_nor_counted_in_the_loss():
-    model = tiny(vocab_size=3)
-    assert model.embed.weight.shape[0] == 64
+    assert tiny(vocab_size=1023).embed.weight.shape[0] == 1023  # where there are few rows, there is none to add
+    model = tiny(vocab_size=1025)
+    assert model.embed.weight.shape[0] == 1088
     before = model(torch.tensor([[0, 1]]), torch.tensor([[1, 2]]))
     with torch.no_grad():
-        model.embed.weight[3:] = 100.0
+        model.embed.weight[1025:] = 100.0
     assert torch.equal(model(torch.tensor([[0, 1]]), torch.tensor([[1, 2]])), before)
-    assert model(torch.tensor([[0, 1]])).shape == (1, 2, 3)
-    assert model.generate(torch.zeros(50, 1, dtype=torch.long), 12, temperature=100.0).max() == 2
+    assert model(torch.tensor([[0, 1]])).shape == (1, 2, 1025)
+    drawn = model.generate(torch.zeros(500, 1, dtype=torch.long), 12, temperature=100.0)
+    assert 1000 < drawn.max() < 1025
 
 
 def test_generation_stops_where_all_sequences_have():
@@ -238,6 +244,19 @@ def test_loss_ignores_minus_one_and_sums_or_averages():
     kept = [-log_p[b, t, targets[b, t]] for b in range(2) for t in range(16) if targets[b, t] >= 0]
     torch.testing.assert_close(model(idx, targets, reduction="sum"), sum(kept))
     torch.testing.assert_close(model(idx, targets), sum(kept) / 23)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_recomputing_changes_neither_loss_nor_gradients(reduction):
+    model = randomize(tiny())
+    idx, targets = torch.randint(11, (70, 16)), torch.randint(-1, 11, (70, 16))  # 1120 tokens: two pieces of the loss
+    found = []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        loss = model(idx, targets, reduction=reduction)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kv_shift", ["none", "kv"])
@@ -263,7 +282,7 @@ def test_bfloat16_stays_bfloat16():
     dtypes = set()
     for block in model.blocks:
         for module in block.modules():
-            module.register_forward_hook(lambda m, i, o: dtypes.add(o.dtype))
+            module.register_forward_hook(lambda m, i, o: dtypes.update(x.dtype for x in (o if isinstance(o, list) else [o])))
     model(torch.randint(11, (2, 16)))
     assert dtypes == {torch.bfloat16}
 
@@ -271,4 +290,4 @@ def test_bfloat16_stays_bfloat16():
 def test_the_model_is_one_file_that_needs_torch_alone():
     source = open(model_module.__file__).read()
     assert {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))} == {
-        "dataclasses", "typing", "torch"}
+        "collections", "dataclasses", "typing", "torch"}

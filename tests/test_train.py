@@ -277,7 +277,7 @@ def test_only_matrices_are_decayed(tied):
     model = GPT(config)
     names = {p: name for name, p in model.named_parameters()}
     decayed, others = ([names[p] for p in group["params"]] for group in make_optimizer(model, config).param_groups)
-    assert {name.split(".")[-2] for name in decayed} == {"qkv", "out", "gate_up", "down"} | (set() if tied else {"head"})
+    assert {name.split(".")[-2] for name in decayed} == {"qkv", "out", "gate", "up", "down"} | (set() if tied else {"head"})
     assert {name.split(".")[-2] for name in others} == {"embed", "norm_attn", "norm_mlp", "norm", "shift"}
     assert len(decayed) + len(others) == len(names)
 
