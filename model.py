@@ -336,7 +336,7 @@ class GPT(nn.Module):
                 for part, used in zip(rows.split(widths, dim=-1), block.attn.shift.taps(), strict=True):
                     if used is not None:
                         part.copy_(used)
-        return Cache(w.new_empty(kv), w.new_empty(kv), w.new_zeros(c.n_layer, batch_size, c.shift_window - 1, sum(widths)), taps)
+        return Cache(w.new_zeros(kv), w.new_zeros(kv), w.new_zeros(c.n_layer, batch_size, c.shift_window - 1, sum(widths)), taps)
 
     def step(self, token, cache: Cache, at: torch.Tensor):
         """Logits (B, V) for what follows token (B, 1), read into the cache at place `at`, a tensor (1,). Unlike `forward` with
