@@ -64,6 +64,9 @@ def read_run(folder: Path) -> dict:
         parameters = header["parameters"] - (2 - model.tie_embeddings) * model.padded_vocab_size * model.n_embd
         if not all(math.isfinite(line["step"] + line.get("loss", 0) + line.get("val_loss", 0)) for line in lines):
             raise ValueError("a figure is not finite")
+        for line in lines:
+            if "val_induction" in line:
+                line["induction"] = line["val_random"] - line["val_induction"]
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no log {path}: the arguments are the out_dirs of runs of train.py") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -122,7 +125,7 @@ def save(figure, out):
 
 # --- curves
 
-PANELS = {"loss": "train loss", "val_loss": "val loss", "val_induction": "loss on repeated random tokens"}
+PANELS = {"loss": "train loss", "val_loss": "val loss", "induction": "random tokens: loss at first less loss when repeated"}
 AXES = {"steps": "steps", "tokens": "tokens", "seconds": "seconds of training", "learning_rate": "learning rate",
         "parameters": "parameters without embeddings"}
 # runs that differ in no more than this (and the seed) are one line over such an axis
@@ -151,7 +154,7 @@ def draw_curves(folders, out, x: str = "steps") -> str:
             ax.fill_between(xs, low, high, color=color, alpha=0.2, linewidth=0)
             late = xs >= 0.2 * xs.max(initial=0)
             settled += [*low[late], *high[late]]
-        if key != "val_induction" and x not in OVER and settled:  # the first fall would leave no room for the differences
+        if key != "induction" and x not in OVER and settled:  # the first fall would leave no room for the differences
             margin = 0.05 * (max(settled) - min(settled)) or 0.1
             ax.set_ylim(min(settled) - margin, max(settled) + margin)
         if x in OVER:

@@ -51,6 +51,7 @@ class TrainConfig(GPTConfig):
     min_lr: float = 1e-4  # where cosine and linear end
     warmup_steps: int = 100  # the learning rate rises from zero
     lr_schedule: Literal["cosine", "constant", "linear"] = "cosine"  # after warm-up
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest
     weight_decay: float = 0.1  # on matrices; embeddings, norms and the shift's scalars have none
     beta1: float = 0.9  # AdamW's mean of gradients
     beta2: float = 0.95  # AdamW's mean of squared gradients
@@ -59,7 +60,7 @@ class TrainConfig(GPTConfig):
     log_every: int = 10  # steps between lines on the console and in log.jsonl
     eval_every: int = 250  # steps between evaluations
     eval_tokens: int = 262_144  # tokens of val.bin to evaluate on, from its start; 0: all
-    eval_induction: bool = False  # evaluate on random tokens that come twice, too: val_induction in log.jsonl
+    eval_induction: bool = False  # evaluate on random tokens that come twice, too: val_random, val_induction in log.jsonl
     checkpoint_every: int = 250  # steps between checkpoints
     # machine
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
@@ -132,6 +133,8 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
                         f"times {world_size} processes")
     if config.fsdp and not (distributed and dtype in (torch.float32, torch.bfloat16)):
         raise UserError("fsdp=True needs torchrun (torchrun --nproc_per_node=8 train.py ...) and float32 or bfloat16")
+    if config.fsdp and config.optimizer == "muon":
+        raise UserError("optimizer=muon needs whole matrices, which fsdp=True shares out: choose one of them")
     if distributed:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -179,14 +182,14 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
     torch.manual_seed(config.seed)
     model.materialize(device)
     model.recompute = config.recompute
-    optimizer = make_optimizer(model, config)
+    optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if resumed_at >= 0:
         checkpoint = checkpoint or load_checkpoint(out_dir / "ckpt.pt", verify=False)  # each process takes its part
         if checkpoint["run"]["step"] != step:
             raise UserError(f"{out_dir} is not the same folder for all processes: the nodes have to share it")
-        set_state_dict(model, optimizer, model_state_dict=checkpoint["model"], optim_state_dict=checkpoint["optimizer"],
+        set_state_dict(model, optimizers, model_state_dict=checkpoint["model"], optim_state_dict=checkpoint["optimizer"],
                        options=StateDictOptions(full_state_dict=True))
         if stands["scaler"]:  # of a run in float16
             scaler.load_state_dict(stands["scaler"])
@@ -247,7 +250,7 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
                     raise UserError(f"the val loss is {line['val_loss']} after step {step}; checkpoints are left as they were. "
                                     "Start over (--resume=no) with a lower --learning_rate")
                 if config.eval_induction:
-                    line["val_induction"] = evaluate_induction(fast_model, corpus, config, device, autocast)
+                    line |= evaluate_induction(fast_model, corpus, config, device, autocast)
             improved = evaluate_now and line["val_loss"] < best
             if improved:
                 best, best_step = line["val_loss"], step
@@ -260,7 +263,7 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
                 print(console_line(line, config, seconds_left), flush=True)
                 print(json.dumps(line), file=log, flush=True)
             if save_now:
-                save_checkpoint(out_dir / "ckpt.pt", model, optimizer, config, corpus, run_state)
+                save_checkpoint(out_dir / "ckpt.pt", model, optimizers, config, corpus, run_state)
             clock = time.perf_counter()
         if last or stopped_by:
             break
@@ -269,8 +272,9 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
         if batch is None:
             batch = batches(step, rank, world_size)
         torch.manual_seed(dropout_seed(config.seed, step, rank))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
         micro_batches = torch.from_numpy(batch).split(config.micro_batch_size)
         loss = torch.zeros((), device=device)
         for i, tokens in enumerate(micro_batches, start=1):  # (micro_batch_size, block_size + 1)
@@ -283,11 +287,13 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
                 micro_loss = train_model(tokens[:, :-1], tokens[:, 1:]) / len(micro_batches)
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
-        scaler.unscale_(optimizer)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        scaler.step(optimizer)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         pending.append(torch.stack([loss, norm.full_tensor() if config.fsdp else norm]))
         step += 1
         batch = batches(step, rank, world_size) if step < config.max_steps else None  # read while a GPU is still at work
@@ -380,14 +386,23 @@ def shard(model: GPT, device: torch.device, dtype: torch.dtype, world_size: int)
         fully_shard(part, mesh=mesh, mp_policy=policy)
 
 
-def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW. Weight decay on matrices alone: not on embeddings, norms and the shift's scalars."""
-    decayed, others = [], []
+def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon for the matrices of the blocks and AdamW for the rest. Weight decay is on matrices alone: not on
+    embeddings, norms and the shift's scalars. Muon's updates are made as large as AdamW's, so that a learning rate and a
+    weight decay mean the same for both (arXiv 2502.16982)."""
+    of_blocks, decayed, others = [], [], []
     for name, p in model.named_parameters():
-        is_matrix = p.ndim == 2 and not name.startswith("embed") and ".shift." not in name
-        (decayed if is_matrix else others).append(p)
+        if p.ndim < 2 or name.startswith("embed") or ".shift." in name:
+            others.append(p)
+        else:
+            (of_blocks if name.startswith("blocks") and config.optimizer == "muon" else decayed).append(p)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    groups = [group for group in groups if group["params"]]  # an empty one could not be saved
+    optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)]
+    if of_blocks:
+        optimizers.append(torch.optim.Muon(of_blocks, lr=config.learning_rate, weight_decay=config.weight_decay,
+                                           adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
@@ -426,28 +441,28 @@ def evaluate(model, corpus: Corpus, config: TrainConfig, device, autocast, rank:
 
 
 @torch.no_grad()
-def evaluate_induction(model, corpus: Corpus, config: TrainConfig, device, autocast, n: int = 64) -> float:
-    """Mean loss in nats where random tokens come a second time: n sequences of block_size / 2 ids, each followed by itself.
+def evaluate_induction(model, corpus: Corpus, config: TrainConfig, device, autocast, n: int = 64) -> dict:
+    """Mean losses in nats on n sequences of block_size / 2 random ids, each followed by itself: "val_random" where the ids
+    are new, "val_induction" where they come a second time. A perfect induction head's second loss is 0.
 
     The ids are drawn evenly from those that occur in the windows of `evaluate`, the same for every run on a corpus and
-    context. Chance is the logarithm of their number, a perfect induction head's loss 0: nothing but the sequence itself
-    can tell. The first token of the repeat does not count, as nothing says that one begins.
+    context. The first token of the repeat does not count, as nothing says that one begins.
     """
     ids = np.unique(corpus.windows("val", val_starts(corpus, config.block_size, config.eval_tokens), config.block_size))
     once = np.random.RandomState(0).choice(ids, (n, config.block_size // 2))  # the numbers of a RandomState never change
-    twice = torch.from_numpy(np.concatenate([once, once], axis=1))  # (n, 2L)
     L, B = once.shape[1], config.micro_batch_size
     tokens = torch.full((-(-n // B) * B, config.block_size + 1), -1)  # the shape of `evaluate`: torch.compile makes no second one
-    tokens[:n, : 2 * L] = twice
-    targets = tokens[:, 1:].clone()
-    targets[:, :L] = -1
+    tokens[:n, : 2 * L] = torch.from_numpy(np.concatenate([once, once], axis=1))
+    first, second = tokens[:, 1:].clone(), tokens[:, 1:].clone()  # what is to be predicted
+    first[:, L - 1 :] = -1
+    second[:, :L] = -1
     model.eval()
-    total = torch.zeros((), device=device)
-    for x, y in zip(tokens[:, :-1].clamp(min=0).split(B), targets.split(B), strict=True):
+    losses = torch.zeros(2, device=device)
+    for x, *halves in zip(tokens[:, :-1].clamp(min=0).split(B), first.split(B), second.split(B), strict=True):
         with autocast:
-            total += model(x.to(device), y.to(device), reduction="sum")
+            losses += torch.stack([model(x.to(device), y.to(device), reduction="sum") for y in halves])
     model.train()
-    return total.item() / (n * (L - 1))
+    return dict(zip(("val_random", "val_induction"), (losses / (n * (L - 1))).tolist(), strict=True))
 
 
 def fetch_figures(pending: list, step: int, config: TrainConfig, scaled: bool) -> list[list[float]]:
@@ -502,14 +517,14 @@ def console_line(line: dict, config: TrainConfig, seconds_left: float) -> str:
     return " | ".join(parts)
 
 
-def save_checkpoint(path: Path, model: GPT, optimizer, config: TrainConfig, corpus: Corpus, run_state: dict):
+def save_checkpoint(path: Path, model: GPT, optimizers, config: TrainConfig, corpus: Corpus, run_state: dict):
     """Writes a single file that `load_checkpoint` reads, whatever the number of processes; all of them call this.
-    Without an optimizer (best.pt) it can be sampled from, not resumed."""
+    Without optimizers (best.pt) it can be sampled from, not resumed."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    if optimizer is None:
+    if optimizers is None:
         tensors = {"model": get_model_state_dict(model, options=options)}
     else:
-        tensors = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True))
+        tensors = dict(zip(("model", "optimizer"), get_state_dict(model, optimizers, options=options), strict=True))
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     with atomic_write(path) as f:

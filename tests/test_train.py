@@ -18,7 +18,7 @@ import train
 from config import UserError
 from data import Corpus, Tokenizer, lock
 from model import GPT, GPTConfig
-from train import TrainConfig, evaluate, learning_rate, load_checkpoint, make_optimizer
+from train import TrainConfig, evaluate, learning_rate, load_checkpoint, make_optimizers
 
 RUN = TINY | {"max_steps": 40, "dropout": 0.1, "micro_batch_size": 2, "warmup_steps": 5, "eval_every": 10, "checkpoint_every": 7,
               "log_every": 4}
@@ -56,6 +56,17 @@ def assert_same_run(a, b):
 def whole_run(call, corpus, tmp_path):
     assert call(train.main, *options(RUN, dataset=corpus, out_dir=tmp_path / "whole"))[0] == 0
     return tmp_path / "whole"
+
+
+def test_muon_resumes_exactly_too(call, corpus, tmp_path):
+    arguments = options(RUN, dataset=corpus, optimizer="muon", lr_schedule="constant")
+    assert call(train.main, *arguments, f"--out_dir={tmp_path / 'whole'}")[0] == 0
+    for max_steps in (10, 40):
+        assert call(train.main, *arguments, f"--out_dir={tmp_path / 'two_parts'}", f"--max_steps={max_steps}")[0] == 0
+    one, other = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "two_parts"))
+    kept = {tuple(state) for state in one["optimizer"]["state"].values()}
+    assert kept == {("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)}
+    assert same(one["model"], other["model"]) and same(one["optimizer"], other["optimizer"])
 
 
 @pytest.mark.parametrize("number, steps", [(signal.SIGTERM, [13]), (signal.SIGINT, [0, 1, 20, 38])])
@@ -276,10 +287,16 @@ def test_only_matrices_are_decayed(tied):
     config = TrainConfig(**TINY | {"vocab_size": 10, "kv_shift": "qkv", "tie_embeddings": tied})
     model = GPT(config)
     names = {p: name for name, p in model.named_parameters()}
-    decayed, others = ([names[p] for p in group["params"]] for group in make_optimizer(model, config).param_groups)
+    adamw, = make_optimizers(model, config)
+    decayed, others = ([names[p] for p in group["params"]] for group in adamw.param_groups)
     assert {name.split(".")[-2] for name in decayed} == {"qkv", "out", "gate", "up", "down"} | (set() if tied else {"head"})
     assert {name.split(".")[-2] for name in others} == {"embed", "norm_attn", "norm_mlp", "norm", "shift"}
     assert len(decayed) + len(others) == len(names)
+    config.optimizer = "muon"  # takes the blocks' matrices alone
+    adamw, muon = make_optimizers(model, config)
+    assert [names[p] for p in muon.param_groups[0]["params"]] == [name for name in decayed if name.startswith("blocks")]
+    assert [names[p] for group in adamw.param_groups for p in group["params"]] == (
+        [name for name in decayed if not name.startswith("blocks")] + others)
 
 
 @pytest.mark.parametrize("dtype, compiled", [("bfloat16", False), ("float16", False), ("float32", True)])
