@@ -141,7 +141,8 @@ class Cache:
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary positions: turns dimensions d and d + D/2 of x (B, T, heads, D) by the angles of cos, sin (T, 1, D)."""
-    return (x * cos).addcmul_(x.roll(x.size(-1) // 2, dims=-1), sin)
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos).addcmul_(torch.cat([second, first], dim=-1), sin)
 
 
 class Attention(nn.Module):
