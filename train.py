@@ -12,7 +12,6 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import platform
 import signal
 import subprocess
@@ -101,7 +100,7 @@ def main():
         with contextlib.ExitStack() as cleanup:
             code = train(config, cleanup)
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if out_of_memory(error):
             error = UserError(f"{str(error).splitlines()[0]} Lower --micro_batch_size, or pass --recompute=True or --fsdp=True")
         if not dist.is_initialized():
             raise error
@@ -183,8 +182,13 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
         checkpoint = checkpoint or load_checkpoint(out_dir / "ckpt.pt", verify=False)  # each process takes its part
         if checkpoint["run"]["step"] != step:
             raise UserError(f"{out_dir} is not the same folder for all processes: the nodes have to share it")
-        set_state_dict(model, optimizer, model_state_dict=checkpoint["model"], optim_state_dict=checkpoint["optimizer"],
-                       options=StateDictOptions(full_state_dict=True))
+        try:
+            set_state_dict(model, optimizer, model_state_dict=checkpoint["model"], optim_state_dict=checkpoint["optimizer"],
+                           options=StateDictOptions(full_state_dict=True))
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+            if out_of_memory(error):
+                raise
+            raise UserError(f"{out_dir / 'ckpt.pt'} does not fit the model: {str(error).splitlines()[-1].strip()}") from None
         if stands["scaler"]:  # of a run in float16
             scaler.load_state_dict(stands["scaler"])
         del checkpoint
@@ -244,6 +248,8 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
                     raise UserError(f"the val loss is {line['val_loss']} after step {step}; checkpoints are left as they were. "
                                     "Start over (--resume=no) with a lower --learning_rate")
             improved = evaluate_now and line["val_loss"] < best
+            if improved or save_now:
+                check_weights(model, step, config)
             if improved:
                 best, best_step = line["val_loss"], step
             run_state = {"step": step, "seconds": seconds, "best": best, "best_step": best_step, "figures": figures,
@@ -299,6 +305,11 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
     elif rank == 0:
         print(f"stopped by {stopped_by.name} after step {step}: the same command goes on from there")
     return 0 if last else 128 + stopped_by
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether torch or numpy found no memory; torch's error has a type of its own on a GPU alone."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -435,6 +446,14 @@ def fetch_figures(pending: list, step: int, config: TrainConfig, scaled: bool) -
     return figures
 
 
+def check_weights(model: GPT, step: int, config: TrainConfig):
+    """A UserError, in all processes, if a weight is no longer a number: a finite gradient can still be too large a step."""
+    norm = torch.nn.utils.get_total_norm(model.parameters())
+    if not (norm.full_tensor() if config.fsdp else norm).isfinite():
+        raise UserError(f"the weights are no longer finite after step {step}; checkpoints are left as they were. Start over "
+                        "(--resume=no) with a lower --learning_rate")
+
+
 class Stop:
     """Remembers SIGINT or SIGTERM until the step is done; the same signal once more ends the program at once."""
 
@@ -475,8 +494,11 @@ def save_checkpoint(path: Path, model: GPT, optimizer, config: TrainConfig, corp
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     with atomic_write(path) as f:
-        torch.save({"format": 1, "config": asdict(config), "tokenizer": corpus.tokenizer, "corpus_sha256": corpus.sha256,
-                    "run": run_state} | tensors, f)
+        try:
+            torch.save({"format": 1, "config": asdict(config), "tokenizer": corpus.tokenizer, "corpus_sha256": corpus.sha256,
+                        "run": run_state} | tensors, f)
+        except RuntimeError as error:  # torch notices that the file is too short, which hides why
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def load_checkpoint(path: Path, verify: bool = True) -> dict:
@@ -488,21 +510,29 @@ def load_checkpoint(path: Path, verify: bool = True) -> dict:
         # many processes share the file's pages instead of holding a copy each
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=dist.is_initialized())
         if checkpoint["format"] != 1:
-            raise UserError(f"{path} has format {checkpoint['format']}, this version reads format 1")
+            raise UserError(f"{path} has format {checkpoint['format']!r}, this version reads format 1")
+        if not all(isinstance(checkpoint[part], dict) for part in ("config", "tokenizer", "corpus_sha256", "run", "model")):
+            raise TypeError
+        if verify and not all(weight.isfinite().all() for weight in checkpoint["model"].values()):
+            raise UserError(f"{path} has weights that are not finite")
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}") from None
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (UserError, PermissionError, IsADirectoryError, MemoryError):
+        raise
+    except Exception as error:  # zipfile, zlib, pickle and torch have errors of their own for each kind of damage
         raise UserError(f"{path} is damaged or no checkpoint of this project ({type(error).__name__})") from None
     return checkpoint
 
 
 def load_model(checkpoint: dict, device) -> GPT:
     """The model of a checkpoint, ready to be used (not trained)."""
-    config = make(GPTConfig, {f.name: checkpoint["config"][f.name] for f in fields(GPTConfig) if f.name in checkpoint["config"]})
-    model = GPT(config)
+    saved = checkpoint["config"]
     try:
+        model = GPT(make(GPTConfig, {f.name: saved[f.name] for f in fields(GPTConfig) if f.name in saved}))
         model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
         raise UserError(f"the checkpoint's weights do not fit its config: {str(error).splitlines()[-1].strip()}") from None
     return model.to(device).eval()
 
@@ -511,12 +541,17 @@ def find_checkpoint(config: TrainConfig, corpus: Corpus) -> dict | None:
     """The checkpoint to go on from, None for a fresh start; what an earlier run left is then moved aside."""
     out_dir = Path(config.out_dir)
     path = out_dir / "ckpt.pt"
-    for half_written in out_dir.glob(".*.pt.*.tmp"):  # by a run that was killed
+    for half_written in (*out_dir.glob(".*.pt.*.tmp"), *out_dir.glob(".log.jsonl.*.tmp")):  # by a run that was killed
         half_written.unlink()
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun: resume=no was for the first start
     if (config.resume != "no" or restarted) and path.exists():
         checkpoint = load_checkpoint(path)
         same_run(checkpoint, config, corpus)
+        if "optimizer" not in checkpoint:
+            raise UserError(f"{path} has no optimizer, as a copy of best.pt: it can be sampled from, not resumed")
+        if (out_dir / "best.pt").exists():  # of a later step than ckpt.pt, where the run was killed in between
+            best = load_checkpoint(out_dir / "best.pt", verify=False)["run"]
+            checkpoint["run"] |= {"best": best["best"], "best_step": best["best_step"]}
         return checkpoint
     if config.resume == "yes":
         raise UserError(f"resume=yes, but there is no {path}")
@@ -548,12 +583,12 @@ def same_run(checkpoint: dict, config: TrainConfig, corpus: Corpus):
 def cut_log(path: Path, step: int):
     """Leaves the lines of log.jsonl up to `step`: those after it are written again, and the last may be half a line."""
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, AttributeError, TypeError):
             if json.loads(line).get("step", 0) <= step:
-                kept.append(line + "\n")
+                kept.append(line + b"\n")
     with atomic_write(path) as f:
-        f.write("".join(kept).encode())
+        f.write(b"".join(kept))
 
 
 def print_dry_run(config: TrainConfig):

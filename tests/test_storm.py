@@ -1,0 +1,154 @@
+"""Storms: runs that are killed again and again, disks that are full, and runs so long that a leak would show."""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from conftest import TINY, options
+
+import data
+import train
+from config import run
+from train import load_checkpoint
+
+STORM = TINY | {"n_layer": 1, "dropout": 0.1, "micro_batch_size": 2, "warmup_steps": 5, "checkpoint_every": 5, "log_every": 1}
+
+
+def train_in_child(arguments, output, prepare=None, *more):
+    """What a forked process does: prepare(*more), and then `python train.py ARGUMENTS`, the output going to a file."""
+    for descriptor in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    torch.set_num_threads(1)
+    if prepare:
+        prepare(*more)
+    sys.argv = ["train.py", *arguments]
+    run(train.main)
+
+
+def die_in(name: str, when: str, n: int):
+    """Ends this process before, after or in the middle of the n-th call of os.replace, os.fsync or torch.save."""
+    module = torch if name == "save" else os
+    function, calls = getattr(module, name), itertools.count(1)
+
+    def dying(*arguments, **more):
+        if next(calls) < n:
+            return function(*arguments, **more)
+        if when == "middle":
+            arguments[1].write(b"half a checkpoint")
+            arguments[1].flush()
+        if when == "after":
+            function(*arguments, **more)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(module, name, dying)
+
+
+def assert_whole(out_dir):
+    """Every checkpoint that there is can be read, also what was moved aside."""
+    for path in out_dir.rglob("*.pt"):
+        if not path.name.startswith("."):
+            load_checkpoint(path)
+
+
+def assert_same_run(undisturbed, other, max_steps: int):
+    for name, parts in (("ckpt.pt", ("model", "optimizer", "config")), ("best.pt", ("model",))):
+        one, two = load_checkpoint(undisturbed / name), load_checkpoint(other / name)
+        one["config"].pop("out_dir"), two["config"].pop("out_dir")
+        for part in parts:
+            assert_same(one[part], two[part])
+        assert one["run"] | {"seconds": 0} == two["run"] | {"seconds": 0}
+    one, two = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (undisturbed, other))
+    assert [line["step"] for line in two[1:]] == list(range(max_steps + 1))
+    assert [(line.get("loss"), line.get("val_loss")) for line in one] == [(line.get("loss"), line.get("val_loss")) for line in two]
+    assert not list(other.glob(".*"))
+
+
+def assert_same(a, b):
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        for one, two in zip(a, b, strict=True):
+            assert_same(one, two)
+    else:
+        assert a == b
+
+
+POINTS = [("save", "middle"), ("fsync", "before"), ("fsync", "after"), ("replace", "before"), ("replace", "after")]
+
+
+def killed_at_points(forks, arguments, tmp_path, points) -> int:
+    """One process after another, each killed at the next point; returns how many were."""
+    kills = 0
+    for name, when, n in points:
+        process = forks.Process(target=train_in_child, args=(arguments, tmp_path / "output", die_in, name, when, n))
+        process.start()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL), (tmp_path / "output").read_text()
+        kills += process.exitcode != 0
+        assert_whole(tmp_path / "storm")
+    return kills
+
+
+def test_a_run_killed_at_every_point_of_a_save_ends_as_one_that_was_not(call, forks, corpus, tmp_path):
+    values = STORM | {"max_steps": 40, "eval_every": 10}
+    assert call(train.main, *options(values, dataset=corpus, out_dir=tmp_path / "undisturbed"))[0] == 0
+    arguments = options(values, dataset=corpus, out_dir=tmp_path / "storm")
+    # the first calls are those of best.pt at step 0; from a checkpoint on, the log is cut first
+    points = [(*point, n) for n, point in zip([1, 2, 2, 3, 3, 2, 4, 5, 4, 4], POINTS * 2, strict=True)]
+    assert killed_at_points(forks, arguments, tmp_path, points) == len(points)
+    assert call(train.main, *arguments)[0] == 0
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "storm", 40)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_many_points_of_many_saves(call, forks, corpus, tmp_path):
+    values = STORM | {"max_steps": 400, "eval_every": 7}
+    assert call(train.main, *options(values, dataset=corpus, out_dir=tmp_path / "undisturbed"))[0] == 0
+    arguments = options(values, dataset=corpus, out_dir=tmp_path / "storm")
+    points = [(*point, n) for n in range(1, 11) for point in POINTS]
+    kills = killed_at_points(forks, arguments, tmp_path, points)
+    print(f"{kills} kills at points")
+    assert kills >= 40
+    assert call(train.main, *arguments)[0] == 0
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "storm", 400)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed, aimed", [(0, False), (1, True), (2, False), (3, True), (4, False), (5, True)])
+def test_a_storm_of_kills(call, forks, corpus, tmp_path, seed, aimed):
+    """Kills at random moments of a process's life, or (aimed) at a random moment while a half-written file is there."""
+    values, storm, moments = STORM | {"max_steps": 1000, "eval_every": 13, "seed": seed}, tmp_path / "storm", random.Random(seed)
+    assert call(train.main, *options(values, dataset=corpus, out_dir=tmp_path / "undisturbed"))[0] == 0
+    arguments = options(values, dataset=corpus, out_dir=storm)
+    kills = hits = 0
+    for _ in range(60):
+        process = forks.Process(target=train_in_child, args=(arguments, tmp_path / "output"))
+        process.start()
+        process.join(moments.uniform(0, 0.8))
+        while aimed and process.is_alive() and not list(storm.glob(".*.tmp")):
+            time.sleep(0.0003)
+        time.sleep(moments.uniform(0, 0.002) if aimed else 0)
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL), (tmp_path / "output").read_text()
+        kills += process.exitcode != 0
+        hits += bool(list(storm.glob(".*.tmp")))
+        assert_whole(storm)
+        if process.exitcode == 0:
+            break
+    print(f"seed {seed}: {kills} kills, {hits} of them left a half-written file")
+    assert kills >= 5 and (hits >= 3 or not aimed)
+    call(train.main, *arguments)
+    assert_same_run(tmp_path / "undisturbed", storm, 1000)
