@@ -57,7 +57,7 @@ def corpus(tmp_path):
 def forks():
     """Makes processes that have everything imported already, which takes seconds: forks.Process(target=..., args=...)."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sample", "train", "test_storm"])
+    context.set_forkserver_preload(["sample", "test_storm", "torch._dynamo"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         forkserver.ensure_running()
