@@ -70,6 +70,9 @@ class TrainConfig(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        for f in fields(self):
+            if isinstance(getattr(self, f.name), int) and getattr(self, f.name) >= 2**32:
+                raise ValueError(f"{f.name}={getattr(self, f.name)} must be below 2^32")
         for name in ("batch_size", "log_every", "eval_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -183,6 +186,8 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
         if checkpoint["run"]["step"] != step:
             raise UserError(f"{out_dir} is not the same folder for all processes: the nodes have to share it")
         try:
+            if missing := dict(model.named_parameters()).keys() - checkpoint["model"].keys():  # which torch does not report
+                raise KeyError(f"it lacks {', '.join(sorted(missing))}")
             set_state_dict(model, optimizer, model_state_dict=checkpoint["model"], optim_state_dict=checkpoint["optimizer"],
                            options=StateDictOptions(full_state_dict=True))
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import TINY, options
 
-import data
 import train
 from config import run
 from train import load_checkpoint
@@ -29,7 +28,12 @@ def train_in_child(arguments, output, prepare=None, *more):
     if prepare:
         prepare(*more)
     sys.argv = ["train.py", *arguments]
-    run(train.main)
+    try:
+        run(train.main)
+    except SystemExit as stop:
+        with contextlib.suppress(OSError, AttributeError):  # a test may have given it a bad standard output
+            sys.stdout.flush()
+        os._exit(stop.code or 0)
 
 
 def die_in(name: str, when: str, n: int):
@@ -66,7 +70,8 @@ def assert_same_run(undisturbed, other, max_steps: int):
         assert one["run"] | {"seconds": 0} == two["run"] | {"seconds": 0}
     one, two = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (undisturbed, other))
     assert [line["step"] for line in two[1:]] == list(range(max_steps + 1))
-    assert [(line.get("loss"), line.get("val_loss")) for line in one] == [(line.get("loss"), line.get("val_loss")) for line in two]
+    for key in ("loss", "val_loss", "lr", "grad_norm", "tokens"):
+        assert [line.get(key) for line in one] == [line.get(key) for line in two]
     assert not list(other.glob(".*"))
 
 
@@ -114,19 +119,19 @@ def test_a_run_killed_at_every_point_of_a_save_ends_as_one_that_was_not(call, fo
 
 @pytest.mark.slow
 def test_a_run_killed_at_many_points_of_many_saves(call, forks, corpus, tmp_path):
-    values = STORM | {"max_steps": 400, "eval_every": 7}
+    values = STORM | {"max_steps": 500, "eval_every": 7}
     assert call(train.main, *options(values, dataset=corpus, out_dir=tmp_path / "undisturbed"))[0] == 0
     arguments = options(values, dataset=corpus, out_dir=tmp_path / "storm")
     points = [(*point, n) for n in range(1, 11) for point in POINTS]
     kills = killed_at_points(forks, arguments, tmp_path, points)
     assert call(train.main, *arguments)[0] == 0
-    assert_same_run(tmp_path / "undisturbed", tmp_path / "storm", 400)
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "storm", 500)
     assert kills == len(points)
     print(f"{kills} kills at points")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed, aimed", [(0, False), (1, True), (2, False), (3, True), (4, False), (5, True)])
+@pytest.mark.parametrize("seed, aimed", [(0, False), (1, True), (2, False), (3, True)])
 def test_a_storm_of_kills(call, forks, corpus, tmp_path, seed, aimed):
     """Kills at random moments of a process's life, or (aimed) at a random moment while a half-written file is there."""
     values, storm, moments = STORM | {"max_steps": 1000, "eval_every": 13, "seed": seed}, tmp_path / "storm", random.Random(seed)
