@@ -6,12 +6,13 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import TINY, options
+from conftest import ROOT, TINY, options
 
 import train
 from config import run
@@ -157,3 +158,23 @@ def test_a_storm_of_kills(call, forks, corpus, tmp_path, seed, aimed):
     assert_same_run(tmp_path / "undisturbed", storm, 1000)
     assert kills >= 10 and (hits >= 3 or not aimed)
     print(f"seed {seed}: {kills} kills, {hits} of them left a half-written file")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads how much memory a process has from /proc")
+def test_memory_and_files_do_not_grow_over_many_steps(corpus, tmp_path):
+    values = STORM | {"max_steps": 20_000, "eval_every": 100, "checkpoint_every": 100, "log_every": 50}
+    command = [sys.executable, ROOT / "train.py", *options(values, dataset=corpus, out_dir=tmp_path / "out")]
+    memory, files = {}, {}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            step = int(line.split("/")[0].split()[1]) if line.startswith("step") else -1
+            if step >= 2000 and step % 1000 == 0:
+                pages = int(open(f"/proc/{process.pid}/statm").read().split()[1])
+                memory[step] = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+                files[step] = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("[!.]*")}
+    assert process.returncode == 0
+    print({step: f"{mb:.1f} MB" for step, mb in memory.items()}, files[2000], files[20_000])
+    assert memory[20_000] < memory[2000] + 5
+    assert files[2000].keys() == files[20_000].keys() == {"ckpt.pt", "best.pt", "log.jsonl"}
+    assert all(abs(files[20_000][name] - files[2000][name]) < 1000 for name in ("ckpt.pt", "best.pt"))
