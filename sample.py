@@ -53,9 +53,9 @@ def main():
     try:
         write_samples(config)
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError(f"{str(error).splitlines()[0]} Lower --num_samples or --max_new_tokens") from None
+        if what := out_of_memory(error):
+            raise UserError(f"{what} Lower --num_samples or --max_new_tokens") from None
+        raise
 
 
 def write_samples(config: SampleConfig):

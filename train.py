@@ -103,8 +103,8 @@ def main():
         with contextlib.ExitStack() as cleanup:
             code = train(config, cleanup)
     except Exception as error:
-        if out_of_memory(error):
-            error = UserError(f"{str(error).splitlines()[0]} Lower --micro_batch_size, or pass --recompute=True or --fsdp=True")
+        if what := out_of_memory(error):
+            error = UserError(f"{what} Lower --micro_batch_size, or pass --recompute=True or --fsdp=True")
         if not dist.is_initialized():
             raise error
         code = 2 if isinstance(error, (UserError, OSError)) else 1
@@ -266,6 +266,8 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
                 print(console_line(line, config, seconds_left), flush=True)
                 print(json.dumps(line), file=log, flush=True)
             if save_now:
+                if rank == 0:
+                    os.fsync(log.fileno())  # a power cut must not leave a checkpoint without its part of the log
                 save_checkpoint(out_dir / "ckpt.pt", model, optimizer, config, corpus, run_state)
             clock = time.perf_counter()
         if last or stopped_by:
@@ -312,9 +314,11 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
     return 0 if last else 128 + stopped_by
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether torch or numpy found no memory; torch's error has a type of its own on a GPU alone."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+def out_of_memory(error: Exception) -> str:
+    """What an error says, if it is that there is no memory, else "". On a CPU torch has no type of its own for it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        return (str(error) or "out of memory.").splitlines()[0]
+    return ""
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -502,8 +506,10 @@ def save_checkpoint(path: Path, model: GPT, optimizer, config: TrainConfig, corp
         try:
             torch.save({"format": 1, "config": asdict(config), "tokenizer": corpus.tokenizer, "corpus_sha256": corpus.sha256,
                         "run": run_state} | tensors, f)
-        except RuntimeError as error:  # torch notices that the file is too short, which hides why
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch says that the file is too short, and this is why
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(path: Path, verify: bool = True) -> dict:
@@ -513,7 +519,7 @@ def load_checkpoint(path: Path, verify: bool = True) -> dict:
             if verify and (damaged := archive.testzip()):
                 raise UserError(f"{path} is damaged: {damaged} does not match its checksum")
         # many processes share the file's pages instead of holding a copy each
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=dist.is_initialized())
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=dist.is_initialized() or not verify)
         if checkpoint["format"] != 1:
             raise UserError(f"{path} has format {checkpoint['format']!r}, this version reads format 1")
         if not all(isinstance(checkpoint[part], dict) for part in ("config", "tokenizer", "corpus_sha256", "run", "model")):
@@ -522,9 +528,11 @@ def load_checkpoint(path: Path, verify: bool = True) -> dict:
             raise UserError(f"{path} has weights that are not finite")
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}") from None
-    except (UserError, PermissionError, IsADirectoryError, MemoryError):
+    except (UserError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:  # zipfile, zlib, pickle and torch have errors of their own for each kind of damage
+        if out_of_memory(error):
+            raise
         raise UserError(f"{path} is damaged or no checkpoint of this project ({type(error).__name__})") from None
     return checkpoint
 

@@ -28,7 +28,7 @@ class UserError(Exception):
 
 def run(main):
     """Calls main() for a script: a UserError, or an error of the disk, ends it with one line and exit code 2."""
-    if sys.stdout is not None:  # it may have been closed
+    if hasattr(sys.stdout, "reconfigure"):  # it may have been closed, or be a notebook's
         sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a question mark
     try:
         main()

@@ -54,7 +54,7 @@ class Tokenizer:
         self.spec, self.kind = spec, spec.get("kind")
         if self.kind == "bytes":
             self.vocab_size, self.end_of_text = 256, 0
-        elif self.kind == "char":
+        elif self.kind == "char" and isinstance(spec.get("chars"), str):
             self.chars = spec["chars"]
             self.vocab_size = len(self.chars)
             self.end_of_text = self.chars.index("\0") if "\0" in self.chars else None
@@ -65,7 +65,7 @@ class Tokenizer:
             self.bpe = _gpt2()
             self.vocab_size, self.end_of_text = self.bpe.n_vocab, self.bpe.eot_token
         else:
-            raise UserError(f"unknown tokenizer {self.kind!r}; known: bytes, char, gpt2")
+            raise UserError(f"unknown tokenizer {spec}; known: bytes, gpt2, and char with its chars")
         # what a text without a prompt goes on from
         self.start = self.end_of_text if self.end_of_text is not None else max(self.chars.find("\n"), 0)
 
@@ -284,10 +284,10 @@ class Corpus:
                 raise UserError(f"{path} has {path.stat().st_size:,} bytes, meta.json says {expected:,}: {again}")
             self.files[split] = open(path, "rb", buffering=0)  # held open: it stays the same file if prepared anew
             found = hashlib.sha256()
-            for _ in range(0, min(expected, CHECKED), 1 << 20):
-                block = self.files[split].read(1 << 20)
-                self.check_ids(split, np.frombuffer(block, self.dtype))
-                if expected <= CHECKED:
+            with open(path, "rb") as f:
+                for _ in range(0, min(expected, CHECKED), 1 << 20):
+                    block = f.read(1 << 20)
+                    self.check_ids(split, np.frombuffer(block, self.dtype))
                     found.update(block)
             if expected <= CHECKED and found.hexdigest() != self.sha256[split]:
                 raise UserError(f"{path} has changed since it was prepared: its hash is not that in meta.json: {again}")

@@ -28,7 +28,8 @@ def tokens(folder, split) -> np.ndarray:
 
 def counting_corpus(folder, n_train, n_val=50) -> Corpus:
     """Token i is i, so that a window says where it was read."""
-    with CorpusWriter(folder, Tokenizer({"kind": "char", "chars": "".join(map(chr, range(n_train)))}), source="test") as corpus:
+    tokenizer = Tokenizer({"kind": "char", "chars": "".join(map(chr, range(max(n_train, n_val))))})
+    with CorpusWriter(folder, tokenizer, source="test") as corpus:
         corpus.write("train", np.arange(n_train))
         corpus.write("val", np.arange(n_val))
     return Corpus(folder)

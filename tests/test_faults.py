@@ -205,6 +205,11 @@ CHECKPOINTS = {
     "a weight too few": (change(model=lambda m: {name: w for name, w in m.items() if name != "norm.weight"}), ""),
     "a weight too many": (change(model=lambda m: m | {"norm.bias": torch.zeros(16)}), ""),
 }
+TOKENIZERS = {  # which best.pt alone needs
+    "an unknown tokenizer": (change(tokenizer={"kind": "words"}), "unknown tokenizer"),
+    "no characters": (change(tokenizer={"kind": "char"}), "unknown tokenizer"),
+    "characters that are no text": (change(tokenizer={"kind": "char", "chars": 7}), "unknown tokenizer"),
+}
 OPTIMIZERS = {  # of ckpt.pt alone
     "a copy of best.pt": (lambda path: shutil.copy(path.with_name("best.pt"), path), "has no optimizer"),
     "an empty optimizer": (change(optimizer={}), "does not fit the model"),
@@ -215,7 +220,8 @@ OPTIMIZERS = {  # of ckpt.pt alone
 
 @pytest.mark.parametrize("name, script, damage, message", [
     *[(name, script, *case) for name, case in CHECKPOINTS.items() for script in ("train", "sample")],
-    *[(name, "train", *case) for name, case in OPTIMIZERS.items()]])
+    *[(name, "train", *case) for name, case in OPTIMIZERS.items()],
+    *[(name, "sample", *case) for name, case in TOKENIZERS.items()]])
 def test_an_unreadable_checkpoint_is_one_line_and_stays(call, finished, tmp_path, monkeypatch, name, script, damage, message):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
@@ -397,6 +403,17 @@ def test_a_log_with_damaged_lines_is_gone_on_with(call, finished, tmp_path, dama
     assert call(train.main, *options(RUN, dataset=finished / "corpus", out_dir=tmp_path / "out", max_steps=6))[0] == 0
     assert log.read_bytes().startswith(good)
     assert [json.loads(line)["step"] for line in log.read_bytes().splitlines()[1:]] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_the_log_is_on_the_disk_before_the_checkpoint_that_counts_on_it(call, finished, tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append(os.fstat(descriptor).st_ino), fsync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append(Path(new).name), replace(old, new)))
+    arguments = options(RUN, dataset=finished / "corpus", out_dir=tmp_path, checkpoint_every=1, eval_every=1000)
+    assert call(train.main, *arguments)[0] == 0
+    log = (tmp_path / "log.jsonl").stat().st_ino
+    assert done.count("ckpt.pt") == done.count(log) == 4
+    assert [what for what in done if what in (log, "ckpt.pt")] == [log, "ckpt.pt"] * 4
 
 
 # ---- numbers
@@ -754,7 +771,7 @@ def on_a_small_disk(finished, folder, disk):
 # ---- anything at all: random configs, arguments and texts
 
 
-EXAMPLES = pytest.mark.parametrize("examples", [15, pytest.param(1500, marks=pytest.mark.slow)])
+EXAMPLES = pytest.mark.parametrize("examples", [15, pytest.param(500, marks=pytest.mark.slow)])
 MANY_EXAMPLES = pytest.mark.parametrize("examples", [150, pytest.param(5000, marks=pytest.mark.slow)])
 SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
