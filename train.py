@@ -518,6 +518,8 @@ def load_checkpoint(path: Path, verify: bool = True) -> dict:
         with zipfile.ZipFile(path) as archive:  # what torch.save writes; torch itself does not compare the checksums
             if verify and (damaged := archive.testzip()):
                 raise UserError(f"{path} is damaged: {damaged} does not match its checksum")
+            if any(member.external_attr & 0x10 for member in archive.infolist()):  # torch would leave its tensor unread
+                raise UserError(f"{path} is damaged: a part of it is marked as a folder")
         # many processes share the file's pages instead of holding a copy each
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=dist.is_initialized() or not verify)
         if checkpoint["format"] != 1:

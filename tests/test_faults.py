@@ -121,6 +121,12 @@ class EvilEval:
         return eval, ("open('evil', 'w')",)
 
 
+def mark_as_folder(path):
+    raw = path.read_bytes()
+    member = raw.rindex(b"PK\x01\x02", 0, raw.rindex(b"/data/0"))  # its entry in the directory
+    path.write_bytes(raw[: member + 38] + bytes([raw[member + 38] | 16]) + raw[member + 39 :])
+
+
 def zip_of(members: dict):
     def damage(path):
         with zipfile.ZipFile(path, "w") as archive:
@@ -167,6 +173,8 @@ CHECKPOINTS = {
     "a bit in the pickle": (flip(lambda raw: 300), "does not match its checksum"),
     "a bit in a tensor": (flip(lambda raw: len(raw) // 2), "does not match its checksum"),
     "a bit in the directory": (flip(directory_at), ""),
+    "a bit that makes a tensor a folder": (  # of which torch would return memory that nobody has written
+        mark_as_folder, "is marked as a folder"),
     "a bit in a checksum": (flip(lambda raw: directory_at(raw) + 17), "does not match its checksum"),
     "a bit in a compression method": (flip(lambda raw: directory_at(raw) + 10), DAMAGED),
     "zeros": (lambda path: path.write_bytes(bytes(path.stat().st_size)), DAMAGED),
