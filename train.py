@@ -522,6 +522,8 @@ def load_checkpoint(path: Path, verify: bool = True) -> dict:
                 raise UserError(f"{path} is damaged: a part of it is marked as a folder")
         # many processes share the file's pages instead of holding a copy each
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=dist.is_initialized() or not verify)
+        if not isinstance(checkpoint, dict):
+            raise TypeError
         if checkpoint["format"] != 1:
             raise UserError(f"{path} has format {checkpoint['format']!r}, this version reads format 1")
         if not all(isinstance(checkpoint[part], dict) for part in ("config", "tokenizer", "corpus_sha256", "run", "model")):

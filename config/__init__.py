@@ -79,7 +79,7 @@ def make(cls, values: dict):
 
 def read_file(cls, path: str) -> dict:
     """The fields that a config file sets."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # which takes any text, unlike Path.is_file
         raise UserError(f"no config file {path!r} (options are written --key=value)")
     try:
         names = runpy.run_path(path)
