@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -680,6 +679,8 @@ def test_a_checkpoint_too_large_for_the_disk_leaves_the_last_one(call, forks, fi
 
 def files_of_limited_size(finished, folder):
     """The disk ends a file at some size: in the pickle, in a tensor, in the archive's directory, in the log."""
+    import resource  # which Windows lacks
+
     arguments = options(DISK, dataset=finished / "corpus", out_dir=folder / "limited")
     assert call_here(train.main, *arguments, "--max_steps=10")[0] == 0
     before = {name: raw for name, raw in contents(folder / "limited").items() if name.suffix == ".pt"}

@@ -1,4 +1,4 @@
-"""Storms: runs that are killed again and again, disks that are full, and runs so long that a leak would show."""
+"""Storms: runs that are killed again and again, and one so long that a leak would show."""
 
 import contextlib
 import itertools
@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, TINY, options
+from test_train import same
 
 import train
 from config import run
@@ -67,28 +68,13 @@ def assert_same_run(undisturbed, other, max_steps: int):
         one, two = load_checkpoint(undisturbed / name), load_checkpoint(other / name)
         one["config"].pop("out_dir"), two["config"].pop("out_dir")
         for part in parts:
-            assert_same(one[part], two[part])
+            assert same(one[part], two[part])
         assert one["run"] | {"seconds": 0} == two["run"] | {"seconds": 0}
     one, two = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (undisturbed, other))
     assert [line["step"] for line in two[1:]] == list(range(max_steps + 1))
     for key in ("loss", "val_loss", "lr", "grad_norm", "tokens"):
         assert [line.get(key) for line in one] == [line.get(key) for line in two]
     assert not list(other.glob(".*"))
-
-
-def assert_same(a, b):
-    """Bit for bit, through dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        for one, two in zip(a, b, strict=True):
-            assert_same(one, two)
-    else:
-        assert a == b
 
 
 POINTS = [("save", "middle"), ("fsync", "before"), ("fsync", "after"), ("replace", "before"), ("replace", "after")]
