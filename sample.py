@@ -15,9 +15,9 @@ from typing import Literal
 
 import torch
 
-from config import parse, run
+from config import UserError, parse, run
 from data import Tokenizer
-from train import choose_device, load_checkpoint, load_model
+from train import choose_device, load_checkpoint, load_model, out_of_memory
 
 
 @dataclass
@@ -50,6 +50,15 @@ class SampleConfig:
 
 def main():
     config = parse(SampleConfig, sys.argv[1:])
+    try:
+        write_samples(config)
+    except (RuntimeError, MemoryError) as error:
+        if what := out_of_memory(error):
+            raise UserError(f"{what} Lower --num_samples or --max_new_tokens") from None
+        raise
+
+
+def write_samples(config: SampleConfig):
     device, dtype = choose_device(config.device, config.dtype)
     checkpoint = load_checkpoint(Path(config.out_dir) / config.checkpoint)
     tokenizer = Tokenizer(checkpoint["tokenizer"])
@@ -60,7 +69,6 @@ def main():
     options = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p,
                "stop_token": tokenizer.end_of_text if config.stop else None,
                "generator": torch.Generator(device).manual_seed(config.seed)}
-    sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a question mark
     started = time.perf_counter()
     if config.num_samples == 1:
         n_tokens = write_stream(model.stream(idx, config.max_new_tokens, **options), prompt, tokenizer, options["stop_token"])

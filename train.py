@@ -12,7 +12,6 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import platform
 import signal
 import subprocess
@@ -73,6 +72,9 @@ class TrainConfig(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        for f in fields(self):
+            if isinstance(getattr(self, f.name), int) and getattr(self, f.name) >= 2**32:
+                raise ValueError(f"{f.name}={getattr(self, f.name)} must be below 2^32")
         for name in ("batch_size", "log_every", "eval_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -105,8 +107,8 @@ def main():
         with contextlib.ExitStack() as cleanup:
             code = train(config, cleanup)
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            error = UserError(f"{str(error).splitlines()[0]} Lower --micro_batch_size, or pass --recompute=True or --fsdp=True")
+        if what := out_of_memory(error):
+            error = UserError(f"{what} Lower --micro_batch_size, or pass --recompute=True or --fsdp=True")
         if not dist.is_initialized():
             raise error
         code = 2 if isinstance(error, (UserError, OSError)) else 1
@@ -189,8 +191,15 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
         checkpoint = checkpoint or load_checkpoint(out_dir / "ckpt.pt", verify=False)  # each process takes its part
         if checkpoint["run"]["step"] != step:
             raise UserError(f"{out_dir} is not the same folder for all processes: the nodes have to share it")
-        set_state_dict(model, optimizers, model_state_dict=checkpoint["model"], optim_state_dict=checkpoint["optimizer"],
-                       options=StateDictOptions(full_state_dict=True))
+        try:
+            if missing := dict(model.named_parameters()).keys() - checkpoint["model"].keys():  # which torch does not report
+                raise KeyError(f"it lacks {', '.join(sorted(missing))}")
+            set_state_dict(model, optimizers, model_state_dict=checkpoint["model"], optim_state_dict=checkpoint["optimizer"],
+                           options=StateDictOptions(full_state_dict=True))
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+            if out_of_memory(error):
+                raise
+            raise UserError(f"{out_dir / 'ckpt.pt'} does not fit the model: {str(error).splitlines()[-1].strip()}") from None
         if stands["scaler"]:  # of a run in float16
             scaler.load_state_dict(stands["scaler"])
         del checkpoint
@@ -252,6 +261,8 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
                 if config.eval_induction:
                     line |= evaluate_induction(fast_model, corpus, config, device, autocast)
             improved = evaluate_now and line["val_loss"] < best
+            if improved or save_now:
+                check_weights(model, step, config)
             if improved:
                 best, best_step = line["val_loss"], step
             run_state = {"step": step, "seconds": seconds, "best": best, "best_step": best_step, "figures": figures,
@@ -263,6 +274,8 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
                 print(console_line(line, config, seconds_left), flush=True)
                 print(json.dumps(line), file=log, flush=True)
             if save_now:
+                if rank == 0:
+                    os.fsync(log.fileno())  # a power cut must not leave a checkpoint without its part of the log
                 save_checkpoint(out_dir / "ckpt.pt", model, optimizers, config, corpus, run_state)
             clock = time.perf_counter()
         if last or stopped_by:
@@ -317,6 +330,13 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
     elif rank == 0:
         print(f"stopped by {stopped_by.name} after step {step}: the same command goes on from there")
     return 0 if last else 128 + stopped_by
+
+
+def out_of_memory(error: Exception) -> str:
+    """What an error says, if it is that there is no memory, else "". On a CPU torch has no type of its own for it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        return (str(error) or "out of memory.").splitlines()[0]
+    return ""
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -487,6 +507,14 @@ def fetch_figures(pending: list, step: int, config: TrainConfig, scaled: bool) -
     return figures
 
 
+def check_weights(model: GPT, step: int, config: TrainConfig):
+    """A UserError, in all processes, if a weight is no longer a number: a finite gradient can still be too large a step."""
+    norm = torch.nn.utils.get_total_norm(model.parameters())
+    if not (norm.full_tensor() if config.fsdp else norm).isfinite():
+        raise UserError(f"the weights are no longer finite after step {step}; checkpoints are left as they were. Start over "
+                        "(--resume=no) with a lower --learning_rate")
+
+
 class Stop:
     """Remembers SIGINT or SIGTERM until the step is done; the same signal once more ends the program at once."""
 
@@ -528,8 +556,13 @@ def save_checkpoint(path: Path, model: GPT, optimizers, config: TrainConfig, cor
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     with atomic_write(path) as f:
-        torch.save({"format": 1, "config": asdict(config), "tokenizer": corpus.tokenizer, "corpus_sha256": corpus.sha256,
-                    "run": run_state} | tensors, f)
+        try:
+            torch.save({"format": 1, "config": asdict(config), "tokenizer": corpus.tokenizer, "corpus_sha256": corpus.sha256,
+                        "run": run_state} | tensors, f)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch says that the file is too short, and this is why
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(path: Path, verify: bool = True) -> dict:
@@ -538,24 +571,38 @@ def load_checkpoint(path: Path, verify: bool = True) -> dict:
         with zipfile.ZipFile(path) as archive:  # what torch.save writes; torch itself does not compare the checksums
             if verify and (damaged := archive.testzip()):
                 raise UserError(f"{path} is damaged: {damaged} does not match its checksum")
+            if any(member.external_attr & 0x10 for member in archive.infolist()):  # torch would leave its tensor unread
+                raise UserError(f"{path} is damaged: a part of it is marked as a folder")
         # many processes share the file's pages instead of holding a copy each
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=dist.is_initialized())
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=dist.is_initialized() or not verify)
+        if not isinstance(checkpoint, dict):
+            raise TypeError
         if checkpoint["format"] != 1:
-            raise UserError(f"{path} has format {checkpoint['format']}, this version reads format 1")
+            raise UserError(f"{path} has format {checkpoint['format']!r}, this version reads format 1")
+        if not all(isinstance(checkpoint[part], dict) for part in ("config", "tokenizer", "corpus_sha256", "run", "model")):
+            raise TypeError
+        if verify and not all(weight.isfinite().all() for weight in checkpoint["model"].values()):
+            raise UserError(f"{path} has weights that are not finite")
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}") from None
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (UserError, PermissionError, IsADirectoryError):
+        raise
+    except Exception as error:  # zipfile, zlib, pickle and torch have errors of their own for each kind of damage
+        if out_of_memory(error):
+            raise
         raise UserError(f"{path} is damaged or no checkpoint of this project ({type(error).__name__})") from None
     return checkpoint
 
 
 def load_model(checkpoint: dict, device) -> GPT:
     """The model of a checkpoint, ready to be used (not trained)."""
-    config = make(GPTConfig, {f.name: checkpoint["config"][f.name] for f in fields(GPTConfig) if f.name in checkpoint["config"]})
-    model = GPT(config)
+    saved = checkpoint["config"]
     try:
+        model = GPT(make(GPTConfig, {f.name: saved[f.name] for f in fields(GPTConfig) if f.name in saved}))
         model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
         raise UserError(f"the checkpoint's weights do not fit its config: {str(error).splitlines()[-1].strip()}") from None
     return model.to(device).eval()
 
@@ -564,12 +611,17 @@ def find_checkpoint(config: TrainConfig, corpus: Corpus) -> dict | None:
     """The checkpoint to go on from, None for a fresh start; what an earlier run left is then moved aside."""
     out_dir = Path(config.out_dir)
     path = out_dir / "ckpt.pt"
-    for half_written in out_dir.glob(".*.pt.*.tmp"):  # by a run that was killed
+    for half_written in (*out_dir.glob(".*.pt.*.tmp"), *out_dir.glob(".log.jsonl.*.tmp")):  # by a run that was killed
         half_written.unlink()
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun: resume=no was for the first start
     if (config.resume != "no" or restarted) and path.exists():
         checkpoint = load_checkpoint(path)
         same_run(checkpoint, config, corpus)
+        if "optimizer" not in checkpoint:
+            raise UserError(f"{path} has no optimizer, as a copy of best.pt: it can be sampled from, not resumed")
+        if (out_dir / "best.pt").exists():  # of a later step than ckpt.pt, where the run was killed in between
+            best = load_checkpoint(out_dir / "best.pt", verify=False)["run"]
+            checkpoint["run"] |= {"best": best["best"], "best_step": best["best_step"]}
         return checkpoint
     if config.resume == "yes":
         raise UserError(f"resume=yes, but there is no {path}")
@@ -601,12 +653,12 @@ def same_run(checkpoint: dict, config: TrainConfig, corpus: Corpus):
 def cut_log(path: Path, step: int):
     """Leaves the lines of log.jsonl up to `step`: those after it are written again, and the last may be half a line."""
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, AttributeError, TypeError):
             if json.loads(line).get("step", 0) <= step:
-                kept.append(line + "\n")
+                kept.append(line + b"\n")
     with atomic_write(path) as f:
-        f.write("".join(kept).encode())
+        f.write(b"".join(kept))
 
 
 def print_dry_run(config: TrainConfig):

@@ -9,6 +9,7 @@ stand in the dataclass alone: the comment behind a field is its help.
 
 import __future__
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -27,6 +28,8 @@ class UserError(Exception):
 
 def run(main):
     """Calls main() for a script: a UserError, or an error of the disk, ends it with one line and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):  # it may have been closed, or be a notebook's
+        sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a question mark
     try:
         main()
     except UserError as error:
@@ -43,7 +46,8 @@ def run(main):
 
 
 def _report(message: str) -> int:
-    sys.stdout.flush()
+    with contextlib.suppress(OSError, AttributeError):  # our output may lie on the disk that is full, or have been closed
+        sys.stdout.flush()
     print(f"{Path(sys.argv[0]).name}: " + " ".join(message.split()), file=sys.stderr)
     return 2
 
@@ -76,7 +80,7 @@ def make(cls, values: dict):
 
 def read_file(cls, path: str) -> dict:
     """The fields that a config file sets."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # which takes any text, unlike Path.is_file
         raise UserError(f"no config file {path!r} (options are written --key=value)")
     try:
         names = runpy.run_path(path)

@@ -15,12 +15,13 @@ import numpy as np
 from config import UserError
 
 FOLDER = Path(__file__).parent  # a corpus "name" lies in data/name
+CHECKED = 1 << 28  # bytes of train.bin, and of val.bin, that are read through when a corpus is opened: a second, at most
 
 
 @contextlib.contextmanager
 def atomic_write(path):
     """Opens a file to write bytes to that gets the name `path` only when all of it is on the disk; on an error what was
-    at `path` stays as it was."""
+    at `path` stays as it was, and an error of the disk names it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -29,6 +30,10 @@ def atomic_write(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # so that the new name, too, outlives a power cut
@@ -49,7 +54,7 @@ class Tokenizer:
         self.spec, self.kind = spec, spec.get("kind")
         if self.kind == "bytes":
             self.vocab_size, self.end_of_text = 256, 0
-        elif self.kind == "char":
+        elif self.kind == "char" and isinstance(spec.get("chars"), str):
             self.chars = spec["chars"]
             self.vocab_size = len(self.chars)
             self.end_of_text = self.chars.index("\0") if "\0" in self.chars else None
@@ -60,7 +65,7 @@ class Tokenizer:
             self.bpe = _gpt2()
             self.vocab_size, self.end_of_text = self.bpe.n_vocab, self.bpe.eot_token
         else:
-            raise UserError(f"unknown tokenizer {self.kind!r}; known: bytes, char, gpt2")
+            raise UserError(f"unknown tokenizer {spec}; known: bytes, gpt2, and char with its chars")
         # what a text without a prompt goes on from
         self.start = self.end_of_text if self.end_of_text is not None else max(self.chars.find("\n"), 0)
 
@@ -82,6 +87,7 @@ class Tokenizer:
 
     def decode_bytes(self, ids) -> bytes:
         """The UTF-8 of some ids. One id may hold a part of a character, so decode a stream incrementally."""
+        ids = [i for i in ids if i < self.vocab_size]  # a model may have more ids than texts have (vocab_size of train.py)
         if self.kind == "bytes":
             return bytes(ids)
         if self.kind == "gpt2":
@@ -244,7 +250,8 @@ def sha256_of(f, size: int):
 
 
 class Corpus:
-    """A prepared corpus, its files checked against meta.json."""
+    """A prepared corpus, its files checked against meta.json: their sizes, their first CHECKED bytes for ids that no text
+    has, and the hash of a file that is no longer than that. The rest of a large one is checked as it is read."""
 
     def __init__(self, folder):
         self.folder = folder = Path(folder)
@@ -255,6 +262,14 @@ class Corpus:
                 raise ValueError(f"unknown tokenizer {meta['tokenizer']['kind']!r}")
             self.tokenizer, self.vocab_size = meta["tokenizer"], meta["vocab_size"]
             self.dtype, self.tokens, self.sha256 = np.dtype(meta["dtype"]), meta["tokens"], meta["sha256"]
+            if self.dtype.name not in ("uint16", "uint32"):
+                raise ValueError(f"dtype {self.dtype} is neither uint16 nor uint32")
+            if type(self.vocab_size) is not int or not 0 < self.vocab_size <= np.iinfo(self.dtype).max + 1:
+                raise ValueError(f"vocab_size {self.vocab_size!r}")
+            if self.tokenizer["kind"] == "char" and len(self.tokenizer["chars"]) != self.vocab_size:
+                raise ValueError(f"{len(self.tokenizer['chars'])} characters and vocab_size {self.vocab_size}")
+            if not all(type(self.tokens[split]) is int and type(self.sha256[split]) is str for split in ("train", "val")):
+                raise ValueError("tokens or sha256")
         except FileNotFoundError:
             raise UserError(f"no corpus in {folder} (no meta.json there): {again}") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -268,6 +283,18 @@ class Corpus:
             if path.stat().st_size != expected:
                 raise UserError(f"{path} has {path.stat().st_size:,} bytes, meta.json says {expected:,}: {again}")
             self.files[split] = open(path, "rb", buffering=0)  # held open: it stays the same file if prepared anew
+            found = hashlib.sha256()
+            with open(path, "rb") as f:
+                for _ in range(0, min(expected, CHECKED), 1 << 20):
+                    block = f.read(1 << 20)
+                    self.check_ids(split, np.frombuffer(block, self.dtype))
+                    found.update(block)
+            if expected <= CHECKED and found.hexdigest() != self.sha256[split]:
+                raise UserError(f"{path} has changed since it was prepared: its hash is not that in meta.json: {again}")
+
+    def check_ids(self, split: str, ids: np.ndarray):
+        if ids.max(initial=0) >= self.vocab_size:
+            raise UserError(f"{self.folder / split}.bin has token id {ids.max()}, meta.json says vocab_size={self.vocab_size}")
 
     def windows(self, split: str, starts, block_size: int) -> np.ndarray:
         """The block_size + 1 tokens from each of `starts` on, (len(starts), block_size + 1) int64.
@@ -279,8 +306,7 @@ class Corpus:
             self.files[split].seek(int(start) * self.dtype.itemsize)
             if self.files[split].readinto(row) != row.nbytes:
                 raise UserError(f"{self.folder / split}.bin became shorter while it was read")
-        if rows.max(initial=0) >= self.vocab_size:
-            raise UserError(f"{self.folder / split}.bin has token id {rows.max()}, meta.json says vocab_size={self.vocab_size}")
+        self.check_ids(split, rows)
         return rows.astype(np.int64)
 
 

@@ -1,7 +1,9 @@
 import dataclasses
+import multiprocessing
 import os
 import signal
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,17 @@ def corpus(tmp_path):
         writer.write("train", tokenizer.encode(text[:6000]))
         writer.write("val", tokenizer.encode(text[6000:6600]))
     return tmp_path / "corpus"
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Makes processes that have everything imported already, which takes seconds: forks.Process(target=..., args=...)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sample", "test_storm", "torch._dynamo"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        forkserver.ensure_running()
+    return context
 
 
 def options(values: dict, **more) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiktoken
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
@@ -28,7 +28,8 @@ def tokens(folder, split) -> np.ndarray:
 
 def counting_corpus(folder, n_train, n_val=50) -> Corpus:
     """Token i is i, so that a window says where it was read."""
-    with CorpusWriter(folder, Tokenizer({"kind": "char", "chars": "".join(map(chr, range(n_train)))}), source="test") as corpus:
+    tokenizer = Tokenizer({"kind": "char", "chars": "".join(map(chr, range(max(n_train, n_val))))})
+    with CorpusWriter(folder, tokenizer, source="test") as corpus:
         corpus.write("train", np.arange(n_train))
         corpus.write("val", np.arange(n_val))
     return Corpus(folder)
@@ -216,6 +217,21 @@ def test_a_text_that_is_not_utf8_is_named(call, tmp_path, monkeypatch):
 def test_half_a_character_can_be_encoded(small_bpe):
     tokenizer = Tokenizer({"kind": "gpt2"})
     assert tokenizer.decode(tokenizer.encode("é\ud800😀").tolist()) == "é\ufffd😀"
+
+
+@pytest.mark.parametrize("examples", [100, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["bytes", "char", "gpt2"])
+def test_any_text_comes_back_from_each_tokenizer(small_bpe, kind, examples):
+    @settings(max_examples=examples, deadline=None)
+    @given(st.text() | st.text(alphabet=" \n\r\t\u3000\xa0<|endoftx>anoi'é😀"))
+    def check(text):
+        spec = {"kind": kind} | ({"chars": "".join(sorted(set(text)))} if kind == "char" else {})
+        tokenizer = Tokenizer(spec)
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids.tolist()) == text and all(0 <= i < tokenizer.vocab_size for i in ids)
+        assert np.array_equal(ids, tokenizer.encode(text.encode()))
+
+    check()
 
 
 def test_val_is_never_empty_where_there_is_one_line(call, tmp_path, monkeypatch):

@@ -133,12 +133,16 @@ def test_a_mistake_in_one_process_is_one_line(corpus, tmp_path, more, message):
 
 @pytest.mark.slow
 def test_a_mistake_in_many_processes_ends_all_of_them(corpus, tmp_path, single):
-    mistakes = [({"batch_size": 9}, "times 2 processes"), ({"out_dir": single, "seed": 2}, "seed was 1, is 2"),
-                ({"dataset": "nowhere"}, "no corpus"), ({"learning_rate": 4e9, "grad_clip": 0}, "with a lower --learning_rate")]
+    blow_up = {"learning_rate": 4e9, "weight_decay": 4e9, "warmup_steps": 0, "checkpoint_every": 1, "eval_every": 1000}
+    too_large = "the weights are no longer finite after step 1"
+    mistakes = [(blow_up | {"fsdp": True}, too_large), (blow_up, too_large), ({"batch_size": 9}, "times 2 processes"),
+                ({"out_dir": single, "seed": 2}, "seed was 1, is 2"), ({"dataset": "nowhere"}, "no corpus"),
+                ({"learning_rate": 4e9, "grad_clip": 0}, "with a lower --learning_rate")]
     for more, message in mistakes:
         arguments = {"dataset": corpus, "out_dir": tmp_path / "out", "launcher": ["--standalone"]} | more
         out = finish(train(2, **arguments), code=1)  # torchrun's own exit code
         assert message in out and "train.py: " in out, out
+        assert not (tmp_path / "out" / "ckpt.pt").exists()
 
 
 @pytest.mark.parametrize("name, billions", [("1.5b", 1.5), ("2.9b", 2.9), ("6.7b", 6.7), ("13b", 13), ("19b", 19)])

@@ -360,7 +360,8 @@ def test_a_loader_at_full_size(tmp_path):
         f.truncate(18_000_000_000)  # sparse: it takes no disk
     (tmp_path / "val.bin").write_bytes(b"")
     (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": {"kind": "gpt2"}, "vocab_size": 50257, "dtype": "uint16",
-                                                    "tokens": {"train": 9_000_000_000, "val": 0}, "sha256": {}}))
+                                                    "tokens": {"train": 9_000_000_000, "val": 0},
+                                                    "sha256": {"train": "", "val": hashlib.sha256().hexdigest()}}))
     start = time.monotonic()
     batches = TrainBatches(Corpus(tmp_path), block_size=1024, batch_size=12, seed=0)
     assert batches(0).shape == (12, 1025) and time.monotonic() - start < 3

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from hashlib import sha256
 
 import pytest
 import torch
@@ -411,8 +412,11 @@ def test_a_corpus_prepared_anew_is_noticed_and_a_constant_rate_may_go_on(call, c
     call(train.main, *arguments)
     assert call(train.main, *arguments, "--max_steps=6", "--eval_every=3", "--dtype=float16")[0] == 0
     assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["run"]["step"] == 6
+    flip(corpus / "train.bin")
+    code, _, err = call(train.main, *arguments, "--max_steps=8")
+    assert code == 2 and "has changed since it was prepared" in err
     meta = json.loads((corpus / "meta.json").read_text())
-    edit(corpus / "meta.json", sha256=meta["sha256"] | {"train": "0" * 64})
+    edit(corpus / "meta.json", sha256=meta["sha256"] | {"train": sha256((corpus / "train.bin").read_bytes()).hexdigest()})
     code, _, err = call(train.main, *arguments, "--max_steps=8")
     assert code == 2 and "have changed" in err
 
