@@ -8,6 +8,8 @@ A training step is one micro-batch of random tokens forward and backward, clippi
 is measured in turn, A B A B; a figure is the median of its rounds, a ratio the median of the rounds' ratios.
 """
 
+import contextlib
+import ctypes
 import importlib.util
 import json
 import math
@@ -67,7 +69,8 @@ def main():
         torch.manual_seed(config.seed)
         models[f"kv_shift={kv_shift}"] = GPT(replace(config, kv_shift=kv_shift)).to(device)
     if config.nanogpt:
-        models["nanoGPT"] = load_nanogpt(config).to(device)
+        with contextlib.redirect_stdout(sys.stderr):  # it has much to say
+            models["nanoGPT"] = load_nanogpt(config).to(device)
     figures = train_figures(models, config, device, dtype, compiled)
     flops = estimate_flops(config) * config.micro_batch_size * config.block_size  # a step's
     rates = {"a large matrix product": matmul_rate(device, dtype), "the peak (MFU)": peak_flops(device_name)}
@@ -99,9 +102,8 @@ def load_nanogpt(config: BenchConfig) -> torch.nn.Module:
     spec = importlib.util.spec_from_file_location("nanogpt", path)
     nanogpt = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(nanogpt)
-    torch.manual_seed(config.seed)
-    return nanogpt.GPT(nanogpt.GPTConfig(block_size=config.block_size, vocab_size=config.padded_vocab_size, bias=False,
-                                         n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, dropout=0.0))
+    sizes = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
+    return nanogpt.GPT(nanogpt.GPTConfig(vocab_size=config.padded_vocab_size, bias=False, dropout=0.0, **sizes))
 
 
 def in_turn(actions: dict, config: BenchConfig, device) -> dict[str, list[float]]:
@@ -137,7 +139,8 @@ def train_figures(models: dict, config: BenchConfig, device, dtype, compiled: bo
         if isinstance(model, GPT):
             optimizers = make_optimizers(model, config)
         else:  # nanoGPT's own choice of AdamW, fused on CUDA alone
-            optimizers = [model.configure_optimizers(config.weight_decay, config.learning_rate, (0.9, 0.95), device.type)]
+            with contextlib.redirect_stdout(sys.stderr):
+                optimizers = [model.configure_optimizers(config.weight_decay, config.learning_rate, (0.9, 0.95), device.type)]
 
         fast_model = torch.compile(model) if compiled else model
 
@@ -155,7 +158,7 @@ def train_figures(models: dict, config: BenchConfig, device, dtype, compiled: bo
     figures = {"training step, ms": {name: [s * 1e3 for s in v] for name, v in seconds.items()},
                "training, tokens/s": {name: [x.numel() / s for s in v] for name, v in seconds.items()}}
     memory = {name: [step_memory(step, device) / 1e6] for name, step in steps.items()}
-    if all(value > [0] for value in memory.values()):
+    if all(most > 0 for most, in memory.values()):
         figures["a step's memory beyond weights and optimizer, MB"] = memory
     if config.profile:
         for name, step in steps.items():
@@ -175,14 +178,19 @@ def step_memory(step, device) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    status = Path("/proc/self/status")
-    if device.type != "cpu" or not status.exists():
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return 0
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the highest resident size so far starts anew from here
-    before, = (int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+    ctypes.CDLL(None).malloc_trim(0)  # free memory goes back to Linux, which then counts what the step takes anew
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
     step()
-    highest, = (int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * (highest - before)
+    return resident("VmHWM") - before
+
+
+def resident(which: str) -> int:
+    """This process's memory on Linux, in bytes: VmRSS, now, or VmHWM, at its highest."""
+    line, = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
+    return 1024 * int(line.split()[1])
 
 
 def decode_figures(models: dict, config: BenchConfig, device, batch: int, compiled: bool) -> dict:
