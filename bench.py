@@ -136,6 +136,7 @@ def train_figures(models: dict, config: BenchConfig, device, dtype, compiled: bo
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     steps = {}
     for name, model in models.items():
+        model.recompute = config.recompute
         if isinstance(model, GPT):
             optimizers = make_optimizers(model, config)
         else:  # nanoGPT's own choice of AdamW, fused on CUDA alone

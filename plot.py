@@ -19,10 +19,11 @@ from typing import Literal
 import numpy as np
 import torch
 
+from checkpoint import FREE_TO_CHANGE, load_checkpoint, load_model
 from config import UserError, parse, run
 from data import atomic_write
 from model import GPTConfig
-from train import FREE_TO_CHANGE, TrainConfig, load_checkpoint, load_model
+from train import TrainConfig
 
 
 @dataclass

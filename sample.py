@@ -15,9 +15,10 @@ from typing import Literal
 
 import torch
 
+from checkpoint import load_checkpoint, load_model, out_of_memory
 from config import UserError, parse, run
 from data import Tokenizer
-from train import choose_device, load_checkpoint, load_model, out_of_memory
+from train import choose_device
 
 
 @dataclass

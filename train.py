@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 import traceback
-import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -26,12 +25,13 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from config import UserError, make, parse, run
-from data import FOLDER, Corpus, Tokenizer, TrainBatches, atomic_write, lock, val_starts
+from checkpoint import cut_log, find_checkpoint, load_checkpoint, out_of_memory, save_checkpoint
+from config import UserError, parse, run
+from data import FOLDER, Corpus, Tokenizer, TrainBatches, lock, val_starts
 from model import GPT, PEAK_FLOPS, GPTConfig, estimate_flops, peak_flops
 
 
@@ -92,11 +92,6 @@ class TrainConfig(GPTConfig):
             raise ValueError(f"beta1={self.beta1} and beta2={self.beta2} must be at least 0 and below 1")
         if not 0 < self.dry_run_mfu <= 1:
             raise ValueError(f"dry_run_mfu={self.dry_run_mfu} must be above 0 and at most 1")
-
-
-# A run may go on with other values of these; any other difference makes it another run.
-FREE_TO_CHANGE = {"out_dir", "resume", "micro_batch_size", "log_every", "eval_every", "eval_induction", "checkpoint_every",
-                  "device", "dtype", "compile", "fsdp", "recompute", "dry_run", "dry_run_mfu"}
 
 
 def main():
@@ -332,13 +327,6 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
     return 0 if last else 128 + stopped_by
 
 
-def out_of_memory(error: Exception) -> str:
-    """What an error says, if it is that there is no memory, else "". On a CPU torch has no type of its own for it."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-        return (str(error) or "out of memory.").splitlines()[0]
-    return ""
-
-
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """The device and dtype of those names, "auto" being the best there is."""
     if device == "auto":
@@ -543,122 +531,6 @@ def console_line(line: dict, config: TrainConfig, seconds_left: float) -> str:
         minutes, seconds = divmod(round(seconds_left), 60)
         parts.append(f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left")
     return " | ".join(parts)
-
-
-def save_checkpoint(path: Path, model: GPT, optimizers, config: TrainConfig, corpus: Corpus, run_state: dict):
-    """Writes a single file that `load_checkpoint` reads, whatever the number of processes; all of them call this.
-    Without optimizers (best.pt) it can be sampled from, not resumed."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    if optimizers is None:
-        tensors = {"model": get_model_state_dict(model, options=options)}
-    else:
-        tensors = dict(zip(("model", "optimizer"), get_state_dict(model, optimizers, options=options), strict=True))
-    if dist.is_initialized() and dist.get_rank() != 0:
-        return
-    with atomic_write(path) as f:
-        try:
-            torch.save({"format": 1, "config": asdict(config), "tokenizer": corpus.tokenizer, "corpus_sha256": corpus.sha256,
-                        "run": run_state} | tensors, f)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # torch says that the file is too short, and this is why
-                raise error.__context__ from None
-            raise
-
-
-def load_checkpoint(path: Path, verify: bool = True) -> dict:
-    """A checkpoint, on the CPU; one that is missing, damaged or no checkpoint of ours is a UserError."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # what torch.save writes; torch itself does not compare the checksums
-            if verify and (damaged := archive.testzip()):
-                raise UserError(f"{path} is damaged: {damaged} does not match its checksum")
-            if any(member.external_attr & 0x10 for member in archive.infolist()):  # torch would leave its tensor unread
-                raise UserError(f"{path} is damaged: a part of it is marked as a folder")
-        # many processes share the file's pages instead of holding a copy each
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=dist.is_initialized() or not verify)
-        if not isinstance(checkpoint, dict):
-            raise TypeError
-        if checkpoint["format"] != 1:
-            raise UserError(f"{path} has format {checkpoint['format']!r}, this version reads format 1")
-        if not all(isinstance(checkpoint[part], dict) for part in ("config", "tokenizer", "corpus_sha256", "run", "model")):
-            raise TypeError
-        if verify and not all(weight.isfinite().all() for weight in checkpoint["model"].values()):
-            raise UserError(f"{path} has weights that are not finite")
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint {path}") from None
-    except (UserError, PermissionError, IsADirectoryError):
-        raise
-    except Exception as error:  # zipfile, zlib, pickle and torch have errors of their own for each kind of damage
-        if out_of_memory(error):
-            raise
-        raise UserError(f"{path} is damaged or no checkpoint of this project ({type(error).__name__})") from None
-    return checkpoint
-
-
-def load_model(checkpoint: dict, device) -> GPT:
-    """The model of a checkpoint, ready to be used (not trained)."""
-    saved = checkpoint["config"]
-    try:
-        model = GPT(make(GPTConfig, {f.name: saved[f.name] for f in fields(GPTConfig) if f.name in saved}))
-        model.load_state_dict(checkpoint["model"])
-    except (RuntimeError, TypeError, ValueError) as error:
-        if out_of_memory(error):
-            raise
-        raise UserError(f"the checkpoint's weights do not fit its config: {str(error).splitlines()[-1].strip()}") from None
-    return model.to(device).eval()
-
-
-def find_checkpoint(config: TrainConfig, corpus: Corpus) -> dict | None:
-    """The checkpoint to go on from, None for a fresh start; what an earlier run left is then moved aside."""
-    out_dir = Path(config.out_dir)
-    path = out_dir / "ckpt.pt"
-    for half_written in (*out_dir.glob(".*.pt.*.tmp"), *out_dir.glob(".log.jsonl.*.tmp")):  # by a run that was killed
-        half_written.unlink()
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun: resume=no was for the first start
-    if (config.resume != "no" or restarted) and path.exists():
-        checkpoint = load_checkpoint(path)
-        same_run(checkpoint, config, corpus)
-        if "optimizer" not in checkpoint:
-            raise UserError(f"{path} has no optimizer, as a copy of best.pt: it can be sampled from, not resumed")
-        if (out_dir / "best.pt").exists():  # of a later step than ckpt.pt, where the run was killed in between
-            best = load_checkpoint(out_dir / "best.pt", verify=False)["run"]
-            checkpoint["run"] |= {"best": best["best"], "best_step": best["best_step"]}
-        return checkpoint
-    if config.resume == "yes":
-        raise UserError(f"resume=yes, but there is no {path}")
-    left = [out_dir / name for name in ("ckpt.pt", "best.pt", "log.jsonl", "loss.png") if (out_dir / name).exists()]
-    if left:
-        aside = next(p for n in range(1, sys.maxsize) if not (p := out_dir / f"old-{n}").exists())
-        aside.mkdir()
-        for old in left:
-            os.replace(old, aside / old.name)
-        print(f"moved an earlier run's files to {aside}")
-    return None
-
-
-def same_run(checkpoint: dict, config: TrainConfig, corpus: Corpus):
-    """A UserError that names what differs, if the checkpoint is of another run than config's."""
-    saved, now = checkpoint["config"], asdict(config)
-    # cosine and linear end at max_steps: another end is another schedule
-    free = FREE_TO_CHANGE | ({"max_steps"} if config.lr_schedule == "constant" else set())
-    defaults = {f.name: f.default for f in fields(TrainConfig)}
-    differ = [f"{name} was {saved.get(name, defaults[name])!r}, is {now[name]!r}"
-              for name in now if name not in free and saved.get(name, defaults[name]) != now[name]]
-    if checkpoint["corpus_sha256"] != corpus.sha256 and not differ:
-        differ = [f"the files of {corpus.folder} have changed"]
-    if differ:
-        raise UserError(f"{config.out_dir}/ckpt.pt is of another run: {'; '.join(differ)}. Use those values, another --out_dir, "
-                        "or --resume=no to start over")
-
-
-def cut_log(path: Path, step: int):
-    """Leaves the lines of log.jsonl up to `step`: those after it are written again, and the last may be half a line."""
-    kept = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, AttributeError, TypeError):
-            if json.loads(line).get("step", 0) <= step:
-                kept.append(line + b"\n")
-    with atomic_write(path) as f:
-        f.write(b"".join(kept))
 
 
 def print_dry_run(config: TrainConfig):

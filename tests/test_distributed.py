@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, TINY, options
 from test_train import log_of, same
 
-from train import load_checkpoint
+from checkpoint import load_checkpoint
 
 RUN = TINY | {"batch_size": 8, "max_steps": 30, "lr_schedule": "constant", "warmup_steps": 5, "learning_rate": 1e-2,
               "eval_every": 10, "checkpoint_every": 5}

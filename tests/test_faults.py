@@ -29,11 +29,12 @@ from test_storm import assert_same_run, train_in_child
 import data
 import sample
 import train
+from checkpoint import load_checkpoint
 from config import UserError, parse, run
 from data import Corpus, CorpusWriter, Tokenizer, tokenizing
 from data.text import prepare as prepare_text
 from sample import SampleConfig
-from train import TrainConfig, load_checkpoint
+from train import TrainConfig
 
 RUN = TINY | {"lr_schedule": "constant", "n_layer": 1}  # a constant learning rate may go on to more steps
 

@@ -14,10 +14,11 @@ from matplotlib.image import imread
 
 import plot
 import train
+from checkpoint import load_checkpoint
 from data import Corpus
 from model import GPT
 from plot import curves, ends, group, read_run
-from train import TrainConfig, evaluate_induction, load_checkpoint
+from train import TrainConfig, evaluate_induction
 
 
 def write_log(folder: Path, val: list[float], end: str = "", **config) -> Path:

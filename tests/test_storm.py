@@ -16,8 +16,8 @@ from conftest import ROOT, TINY, options
 from test_train import same
 
 import train
+from checkpoint import load_checkpoint
 from config import run
-from train import load_checkpoint
 
 STORM = TINY | {"n_layer": 1, "dropout": 0.1, "micro_batch_size": 2, "warmup_steps": 5, "checkpoint_every": 5, "log_every": 1}
 

@@ -16,10 +16,11 @@ from conftest import ROOT, TINY, options
 
 import sample
 import train
+from checkpoint import load_checkpoint, load_model
 from config import UserError
 from data import Corpus, Tokenizer, lock
 from model import GPT, GPTConfig
-from train import TrainConfig, evaluate, learning_rate, load_checkpoint, make_optimizers
+from train import TrainConfig, evaluate, learning_rate, make_optimizers
 
 RUN = TINY | {"max_steps": 40, "dropout": 0.1, "micro_batch_size": 2, "warmup_steps": 5, "eval_every": 10, "checkpoint_every": 7,
               "log_every": 4}
@@ -521,5 +522,5 @@ def test_training_learns(call, corpus, tmp_path):
                               n_embd=32, eval_every=50, batch_size=8, log_every=50))
     losses = [line["val_loss"] for line in log_of(tmp_path)[1:] if "val_loss" in line]
     assert losses[-1] < 1.5 < 4 < losses[0]
-    model = train.load_model(load_checkpoint(tmp_path / "best.pt"), "cpu")
+    model = load_model(load_checkpoint(tmp_path / "best.pt"), "cpu")
     assert isinstance(model.config, GPTConfig) and not model.training
