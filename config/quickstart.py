@@ -11,9 +11,10 @@ block_size = 128
 kv_shift = "kv"
 
 batch_size = 16
-max_steps = 1000
-learning_rate = 3e-3
-min_lr = 3e-4
+max_steps = 800
+optimizer = "muon"  # its steps take a quarter longer here, and are worth it
+learning_rate = 1e-2
+min_lr = 1e-3
 warmup_steps = 50
 
 eval_every = 250

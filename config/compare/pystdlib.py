@@ -1,5 +1,5 @@
-# Comparisons on the source of Python's standard library, byte by byte: the model and the steps of config/quickstart.py,
-# two to three minutes a run on 2 CPU cores. To be followed by a file that says what is compared, as in
+# Comparisons on the source of Python's standard library, byte by byte: the model of config/quickstart.py,
+# with AdamW, two to three minutes a run on 2 CPU cores. To be followed by a file that says what is compared, as in
 #   python train.py config/compare/pystdlib.py config/compare/k_only.py --out_dir=out/compare/pystdlib-k_only-1
 dataset = "pystdlib"
 
