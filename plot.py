@@ -1,7 +1,8 @@
 """Loss curves of any runs in one picture, a table of how they end, and the scalars that they learned.
 
     python plot.py out/a out/b                    train and val loss over steps; --x=tokens or seconds
-    python plot.py out/lr_* --x=learning_rate     the last val loss over learning rates; or --x=parameters
+    python plot.py out/lr_* --x=learning_rate     the last val loss over learning rates
+    python plot.py out/size_* --x=parameters      and over parameters without embeddings, with fitted power laws
     python plot.py out/a out/b --scalars=True     each head's alpha and beta, with the counts of the paper's Table 4
 
 Runs that differ only in their seed become one line, their mean, in a band from the lowest to the highest. Its label is
@@ -126,7 +127,7 @@ def save(figure, out):
 
 # --- curves
 
-PANELS = {"loss": "train loss", "val_loss": "val loss", "induction": "random tokens: loss at first less loss when repeated"}
+PANELS = {"loss": "train loss", "val_loss": "val loss", "induction": "saved where random tokens repeat"}
 AXES = {"steps": "steps", "tokens": "tokens", "seconds": "seconds of training", "learning_rate": "learning rate",
         "parameters": "parameters without embeddings"}
 # runs that differ in no more than this (and the seed) are one line over such an axis
@@ -141,8 +142,8 @@ def draw_curves(folders, out, x: str = "steps") -> str:
     runs = [read_run(folder) for folder in dict.fromkeys(map(Path, folders))]
     keys = [key for key in PANELS if any(key in line for one in runs for line in one["lines"])]
     if x in OVER:
-        keys = [key for key in keys if key != "loss"]
-    figure = Figure(figsize=(1 + 4 * len(keys), 4.2), layout="constrained")
+        keys = ["val_loss"]
+    figure = Figure(figsize=(max(7, 1 + 4 * len(keys)), 4.2), layout="constrained")
     for ax, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
         settled = []
         for i, (label, members) in enumerate(group(runs, OVER.get(x, ())).items()):
@@ -151,15 +152,28 @@ def draw_curves(folders, out, x: str = "steps") -> str:
                 continue
             xs, mean, low, high = (ends if x in OVER else curves)(members, key, x)
             color, line, marker = style(i)
-            ax.plot(xs, mean, line, color=color, marker=marker, markersize=4, markevery=max(1, len(xs) // 8), label=label)
+            if x == "parameters" and len(xs) > 1:  # a power law: a straight line through the logarithms
+                slope, offset = np.polyfit(np.log(xs), np.log(mean), 1)
+                ax.plot(xs, np.exp(offset) * xs**slope, color=color, linewidth=0.8)
+                label += f", about N^{slope:.3f}"
+                line = "none"  # points alone
+            marks = dict(marker=marker, markersize=4, markevery=max(1, len(xs) // 8))
+            ax.plot(xs, mean, linestyle=line, color=color, label=label, **marks)
             ax.fill_between(xs, low, high, color=color, alpha=0.2, linewidth=0)
-            late = xs >= 0.2 * xs.max(initial=0)
+            late = xs >= 0.2 * xs.max(initial=0) if x not in OVER else slice(None)
             settled += [*low[late], *high[late]]
+        if x in OVER:
+            ax.set_xscale("log")
+        if x == "parameters":
+            ax.set_yscale("log")
+            labels = {f"{one['parameters'] / 1e6:.2g}M": one["parameters"] for one in runs}  # the shift adds some thousandths
+            heights = np.geomspace(min(settled), max(settled), 6)
+            ax.set_xticks(list(labels.values()), list(labels))
+            ax.set_yticks(heights, [f"{height:.2f}" for height in heights])
+            ax.minorticks_off()
         if key != "induction" and x not in OVER and settled:  # the first fall would leave no room for the differences
             margin = 0.05 * (max(settled) - min(settled)) or 0.1
             ax.set_ylim(min(settled) - margin, max(settled) + margin)
-        if x in OVER:
-            ax.set_xscale("log")
         ax.set(title=PANELS[key] + (" at the end" if x in OVER else ""), xlabel=AXES[x])
         ax.grid(alpha=0.3)
     figure.axes[0].set_ylabel("nats")

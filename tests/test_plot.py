@@ -121,6 +121,17 @@ def test_every_axis_can_be_drawn(call, tmp_path, x):
                                                          ["+0.9000", "-0.5000", "+0.4000"]), ""]
 
 
+def test_sizes_are_fitted_with_a_power_law(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "save", lambda figure, out: drawn.append(figure))
+    folders = []
+    for n_embd in (96, 384, 1536):
+        parameters = 10_000_000 - 64 * n_embd
+        folders.append(write_log(tmp_path / str(n_embd), [4.0, 30 * parameters**-0.123], n_embd=n_embd))
+    plot.draw_curves(folders, "unused", "parameters")
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["kv_shift=kv, about N^-0.123"]
+
+
 @pytest.mark.parametrize("arguments, message", [
     ([], "no runs to draw"),
     (["nowhere"], "no log nowhere/log.jsonl"),
