@@ -572,11 +572,13 @@ def activation_bytes(config: TrainConfig, B: int) -> int:
 
 
 def print_sample(model: GPT, tokenizer: Tokenizer, device):
-    """A short text from the model as it is now."""
-    idx = torch.full((1, 1), tokenizer.start, device=device)
+    """Three short texts from the model as it is now. They go on from a line's end: how documents begin is often all alike."""
+    line_end = [tokenizer.start] if tokenizer.kind == "char" else tokenizer.encode("\n").tolist()
+    idx = torch.tensor(line_end, device=device).repeat(3, 1)
     generator = torch.Generator(device).manual_seed(1)
     model.eval()
-    print(tokenizer.decode(model.generate(idx, 200, temperature=0.8, generator=generator)[0, 1:].tolist()))
+    for text in model.generate(idx, 150, temperature=0.8, generator=generator)[:, len(line_end) :].tolist():
+        print(f"---\n{tokenizer.decode(text)}")
 
 
 if __name__ == "__main__":
