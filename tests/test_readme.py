@@ -17,8 +17,9 @@ def test_the_options_table_is_that_of_the_dataclass():
     assert table in README, f"the table of options should be\n{table}"
 
 
-def test_every_file_that_the_readme_names_exists():
-    names = set(re.findall(r"[\w./]*\w\.(?:py|png|md)\b", README))
+def test_every_file_that_the_documents_name_exists():
+    names = set(re.findall(r"[\w./$]*\w\.(?:py|png|md)\b", README + (ROOT / "RESULTS.md").read_text()))
+    variants = [name.replace("$v", v).replace("$n", n) for name in names for v in ("vanilla", "kv") for n in ("0.03m", "0.8m")]
     assert len(names) > 8
-    for name in names:
+    for name in variants:
         assert (ROOT / name).exists() or name.startswith("out/"), name
