@@ -98,7 +98,7 @@ def find_checkpoint(config, corpus: Corpus) -> dict | None:
     """The checkpoint to go on from, None for a fresh start; what an earlier run left is then moved aside."""
     out_dir = Path(config.out_dir)
     path = out_dir / "ckpt.pt"
-    for half_written in (*out_dir.glob(".*.pt.*.tmp"), *out_dir.glob(".log.jsonl.*.tmp")):  # by a run that was killed
+    for half_written in out_dir.glob(".*.tmp"):  # by a run that was killed
         half_written.unlink()
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun: resume=no was for the first start
     if (config.resume != "no" or restarted) and path.exists():
