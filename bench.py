@@ -25,7 +25,8 @@ from torch.profiler import profile
 
 from config import UserError, parse, run
 from data import atomic_write
-from model import GPT, estimate_flops, peak_flops
+from estimate import estimate_flops, peak_flops
+from model import GPT
 from plot import table
 from train import TrainConfig, choose_device, make_optimizers
 
@@ -40,7 +41,7 @@ class BenchConfig(TrainConfig):
     batch_size: int = 8  # sequences in a training step, where micro_batch_size is not given
     rounds: int = 7  # how often each thing is measured
     seconds: float = 1.0  # about how long a round measures one thing
-    decode_tokens: int = 100  # tokens that are decoded after a prompt of 16, and in prefill read in one go
+    decode_tokens: int = 100  # tokens that are decoded after a prompt of 16 (prefill reads a text of block_size)
     nanogpt: str = ""  # a folder with nanoGPT, to be measured beside
     profile: bool = False  # write chrome traces of training steps to out/trace_*.json
     json: str = ""  # a file for all figures

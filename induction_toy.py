@@ -27,7 +27,8 @@ import torch.nn.functional as F
 
 from config import UserError, parse, run
 from data import atomic_write
-from model import GPT, GPTConfig, estimate_flops, rotate
+from estimate import estimate_flops
+from model import GPT, GPTConfig, rotate
 from plot import style, table
 from train import choose_device
 

@@ -293,9 +293,10 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x)
         x, targets = x.flatten(0, 1), targets.flatten()
-        if not (self.recompute and torch.is_grad_enabled()):
-            return self.loss(x, targets, reduction)
-        # the logits of 1024 tokens at a time, computed again in the backward pass: all of them would be the largest tensor
+        if not (self.recompute and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return self.loss(x, targets, reduction)  # compiled, it keeps no more than the logits
+        # the logits of 1024 tokens at a time, computed again in the backward pass: all of them, and their softmax and
+        # gradient, would take 12 bytes each
         total = sum(checkpoint(self.loss, x_part, targets_part, "sum", use_reentrant=False)
                     for x_part, targets_part in zip(x.split(1024), targets.split(1024), strict=True))
         return total / (targets != -1).sum() if reduction == "mean" else total
@@ -413,27 +414,3 @@ def sample(logits, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
     # make the host wait for the GPU.
     waiting = torch.empty_like(probs).exponential_(generator=generator)
     return (probs / waiting).argmax(dim=-1)
-
-
-def estimate_flops(config: GPTConfig) -> int:
-    """Floating-point operations to train on one token: 6 N for the N weights in matrix products (2 forward, 4 backward)
-    and 12 n_layer H D T for attention over a full context (PaLM, arXiv 2204.02311, Appendix B). Causal masking is not
-    discounted, the mix of KV shift (under 0.1%) not counted."""
-    c = config
-    attention = c.n_embd * (c.n_head + 2 * c.n_kv_head) * c.head_dim + c.n_embd * c.n_embd
-    weights = c.n_layer * (attention + 3 * c.n_embd * c.ffn_size) + c.n_embd * c.padded_vocab_size
-    return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
-
-
-# Dense bfloat16 FLOP/s of one device (float16 where there is no bfloat16), from the makers' data sheets.
-PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "A40": 150e12,
-    "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
-    "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12, "MI250X": 383e12,
-}
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Peak FLOP/s of a device by the name that torch gives it, None where it is unknown."""
-    words = f" {device_name.replace('-', ' ')} "  # whole words: an RTX A4000 is no A40
-    return next((flops for name, flops in PEAK_FLOPS.items() if f" {name} " in words), None)

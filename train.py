@@ -32,7 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import cut_log, find_checkpoint, load_checkpoint, out_of_memory, save_checkpoint
 from config import UserError, parse, run
 from data import FOLDER, Corpus, Tokenizer, TrainBatches, lock, val_starts
-from model import GPT, PEAK_FLOPS, GPTConfig, estimate_flops, peak_flops
+from estimate import estimate_flops, peak_flops, print_dry_run
+from model import GPT, GPTConfig
 
 
 @dataclass
@@ -97,6 +98,7 @@ class TrainConfig(GPTConfig):
 def main():
     config = parse(TrainConfig, sys.argv[1:])
     if config.dry_run:
+        config.vocab_size = config.vocab_size or Corpus(FOLDER / config.dataset).vocab_size
         return print_dry_run(config)
     try:
         with contextlib.ExitStack() as cleanup:
@@ -531,44 +533,6 @@ def console_line(line: dict, config: TrainConfig, seconds_left: float) -> str:
         minutes, seconds = divmod(round(seconds_left), 60)
         parts.append(f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left")
     return " | ".join(parts)
-
-
-def print_dry_run(config: TrainConfig):
-    """What a run of this config would take, without a weight being allocated."""
-    config.vocab_size = config.vocab_size or Corpus(FOLDER / config.dataset).vocab_size
-    with torch.device("meta"):
-        model = GPT(config)
-    n = sum(p.numel() for p in model.parameters())
-    n_embeddings = sum(p.numel() for p in {model.embed.weight, model.head.weight})
-    flops, tokens = estimate_flops(config), config.batch_size * config.block_size * config.max_steps
-    print(f"parameters: {n:,} ({n / 1e9:.2f}B), {n - n_embeddings:,} without embeddings")
-    print(f"{flops / 1e9:,.1f} GFLOPs a token (forward, backward, attention); {config.max_steps:,} steps of "
-          f"{config.batch_size * config.block_size:,} tokens = {tokens / 1e9:,.1f}B tokens, {flops * tokens:.2e} FLOPs")
-    print(f"days at {config.dry_run_mfu:.0%} of {PEAK_FLOPS['H100'] / 1e12:.0f} TFLOP/s (an H100's bfloat16 peak), and memory a "
-          "GPU: float32 weights, gradients and\ntwo AdamW moments (16 bytes a parameter), bfloat16 copies of the weights in use, "
-          "and about what a forward pass keeps")
-    print(f"\n{'GPUs':>5} {'days':>9} {'GB, DDP':>9} {'GB, FSDP':>9} {'sequences a pass':>18}")
-    for gpus in (1, 8, 64, 512):
-        share = config.batch_size // gpus
-        if config.batch_size % gpus:
-            print(f"{gpus:>5} {'-':>9} {'-':>9} {'-':>9}   batch_size={config.batch_size} can't be shared out")
-            continue
-        B = min(config.micro_batch_size or share, share)
-        kept = activation_bytes(config, B)
-        block = 2 * sum(p.numel() for p in model.blocks[0].parameters()) + 2 * n_embeddings  # gathered: two blocks and the root
-        days = flops * tokens / (gpus * PEAK_FLOPS["H100"] * config.dry_run_mfu) / 86_400
-        print(f"{gpus:>5} {days:>9,.1f} {(18 * n + kept) / 1e9:>9,.1f} {(16 * n / gpus + 2 * block + kept) / 1e9:>9,.1f} {B:>18}")
-
-
-def activation_bytes(config: TrainConfig, B: int) -> int:
-    """About what a forward pass over B sequences keeps for the backward pass, in bytes, in bfloat16 and compiled."""
-    c, tokens = config, B * config.block_size
-    kv = 2 * c.n_kv_head * c.head_dim
-    # a block's input and middle (float32), both norms' outputs, q k v before and after shift and rotation, attention's
-    # output, gate and up and their product: two bytes each
-    block = tokens * (2 * 4 * c.n_embd + 2 * (2 * c.n_embd + 2 * (c.n_embd + kv) + c.n_embd + 3 * c.ffn_size))
-    blocks = tokens * 4 * c.n_embd * c.n_layer + block if c.recompute else block * c.n_layer
-    return blocks + tokens * c.padded_vocab_size * (2 + 4)  # logits, and their softmax in float32
 
 
 def print_sample(model: GPT, tokenizer: Tokenizer, device):

@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
-from model import GPT, PEAK_FLOPS, GPTConfig, KVShift, estimate_flops, peak_flops, sample
+from estimate import PEAK_FLOPS, estimate_flops, peak_flops
+from model import GPT, GPTConfig, KVShift, sample
 
 SHIFTS = ["kv", "k", "v", "qkv"]
 KINDS = ["free", "gate", "clamp"]

@@ -94,7 +94,7 @@ def test_a_document_of_many_pieces_is_whole(call, tmp_path, monkeypatch):
 
 # what a user does, but saving its place all the time, and slowly enough to be stopped
 SCRIPT = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
 from config import run
 from data import CorpusWriter, tokenizing
 from data.{script} import prepare
@@ -103,6 +103,7 @@ tokenizing.PIECE, tokenizing.SAVE_EVERY, prepare.FOLDER = 1 << 15, 0.05, pathlib
 write = CorpusWriter.write
 CorpusWriter.write = lambda *arguments: (time.sleep({pause}), write(*arguments))
 sys.argv = ["prepare.py", *{arguments!r}]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs are started without
 run(prepare.main)
 """
 

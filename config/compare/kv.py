@@ -1,2 +1,2 @@
-# The paper's KV shift: keys and values, two tokens, free scalars. Every comparison has it; Figure 5a's loop is in vanilla.py.
+# The paper's KV shift: keys and values, two tokens, free scalars. Every comparison has it.
 kv_shift = "kv"

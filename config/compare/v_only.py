@@ -1,2 +1,2 @@
-# Only values are shifted. Figure 8b; the loop is in k_only.py.
+# Only values are shifted. Figure 8b, with k_only.py.
 kv_shift = "v"

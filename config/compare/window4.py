@@ -1,2 +1,2 @@
-# Keys and values of four tokens are mixed. Figure 8c; the loop is in window3.py.
+# Keys and values of four tokens are mixed. Figure 8c, with window3.py.
 shift_window = 4
