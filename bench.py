@@ -39,8 +39,8 @@ class BenchConfig(TrainConfig):
     n_head: int = 4  # query heads in a block
     n_embd: int = 256  # width
     batch_size: int = 8  # sequences in a training step, where micro_batch_size is not given
-    rounds: int = 7  # how often each thing is measured
-    seconds: float = 1.0  # about how long a round measures one thing
+    rounds: int = 9  # how often each thing is measured
+    seconds: float = 0.5  # about how long a round measures one thing
     decode_tokens: int = 100  # tokens that are decoded after a prompt of 16 (prefill reads a text of block_size)
     nanogpt: str = ""  # a folder with nanoGPT, to be measured beside
     profile: bool = False  # write chrome traces of training steps to out/trace_*.json

@@ -106,17 +106,16 @@ class KVShift(nn.Module):
 
     def forward(self, q, k, v):
         """q (B, T, H D), k and v (B, T, K D), before rotation -> the same, mixed."""
-        return [x if w is None else mix(x, x.new_zeros(len(x), self.window - 1, x.size(-1)), w)
+        return [x if w is None else mix(x, F.pad(x, (0, 0, self.window - 1, 0)), w)
                 for x, w in zip((q, k, v), self.taps(), strict=True)]
 
 
-def mix(x, before, w):
-    """The sum of w_i x_{t-i}: x (B, T, channels), before (B, W - 1, channels) what lies before it, w (W, channels)."""
-    w = w.to(x.dtype)
+def mix(x, rows, w):
+    """The sum of w_i x_{t-i}, (B, T, channels): rows (B, W - 1 + T, channels) are x and what lies before it, w (W, channels)."""
+    w, W, T = w.to(x.dtype), len(w), x.size(1)
     y = w[0] * x
-    for i in range(1, len(w)):
-        x = torch.cat([before.narrow(1, len(w) - 1 - i, 1), x[:, :-1]], dim=1)  # one place further back
-        y.addcmul_(w[i], x)  # in place: y is still in the processor's cache
+    for i in range(1, W):
+        y.addcmul_(w[i], rows[:, W - 1 - i : W - 1 - i + T])  # in place: y is still in the processor's cache
     return y
 
 
@@ -128,15 +127,17 @@ class Cache:
     before it, of the last W - 1 tokens: a cache of mixed rows alone would make the next token wrong.
     """
 
-    k: torch.Tensor  # (n_layer, B, K, max_length, D), mixed and rotated
-    v: torch.Tensor  # (n_layer, B, K, max_length, D), mixed
-    raw: torch.Tensor  # (n_layer, B, W - 1, (H + 2K) D), q, k and v side by side; zeros before the first token
-    taps: torch.Tensor  # (n_layer, W, (H + 2K) D), the shift's weights for each of their channels, (1, 0, ...) where it has none
+    # a tensor for each layer: torch.compile would copy the whole of one that has them all
+    k: list[torch.Tensor]  # (B, K, max_length, D), mixed and rotated
+    v: list[torch.Tensor]  # (B, K, max_length, D), mixed
+    raw: list[torch.Tensor]  # (B, W - 1, (H + 2K) D), q, k and v side by side; zeros before the first token
+    taps: list[torch.Tensor]  # (W, (H + 2K) D), the shift's weights for each of their channels, (1, 0, ...) where it has none
     length: int = 0  # tokens read so far
 
     def clear(self):
         self.length = 0
-        self.raw.zero_()
+        for rows in self.raw:
+            rows.zero_()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -170,9 +171,9 @@ class Attention(nn.Module):
             mask = torch.arange(k.size(2), device=x.device)[None] <= at  # (1, max_length)
         elif cache is not None:
             past, end = cache.length, cache.length + T
-            cache.k[self.layer, :, :, past:end] = k
-            cache.v[self.layer, :, :, past:end] = v
-            k, v = cache.k[self.layer, :, :, :end], cache.v[self.layer, :, :, :end]
+            cache.k[self.layer][:, :, past:end] = k
+            cache.v[self.layer][:, :, past:end] = v
+            k, v = cache.k[self.layer][:, :, :end], cache.v[self.layer][:, :, :end]
             if past and T > 1:
                 mask, is_causal = torch.ones(T, end, dtype=torch.bool, device=x.device).tril(past), False
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=K < H,
@@ -183,10 +184,9 @@ class Attention(nn.Module):
         """x (B, T, C) -> q (B, T, H D), k and v (B, T, K D), mixed with earlier tokens and not yet rotated."""
         qkv = self.qkv(x)  # (B, T, (H + 2K) D)
         if cache is not None and self.shift is not None:
-            before = cache.raw[self.layer]
-            mixed = mix(qkv, before, cache.taps[self.layer])
-            cache.raw[self.layer] = torch.cat([before, qkv], dim=1)[:, 1 - self.shift.window :]
-            return mixed.split(self.widths, dim=-1)
+            rows = torch.cat([cache.raw[self.layer], qkv], dim=1)  # (B, W - 1 + T, (H + 2K) D)
+            cache.raw[self.layer].copy_(rows[:, x.size(1) :])
+            return mix(qkv, rows, cache.taps[self.layer]).split(self.widths, dim=-1)
         q, k, v = qkv.split(self.widths, dim=-1)
         return (q, k, v) if self.shift is None else self.shift(q, k, v)
 
@@ -329,16 +329,20 @@ class GPT(nn.Module):
     def new_cache(self, batch_size: int, max_length: int | None = None) -> Cache:
         """An empty cache for `batch_size` sequences of up to `max_length` (block_size) tokens."""
         c, w = self.config, self.head.weight
-        kv = (c.n_layer, batch_size, c.n_kv_head, max_length or c.block_size, c.head_dim)
-        widths = self.blocks[0].attn.widths
-        taps = w.new_zeros(c.n_layer, c.shift_window, sum(widths))
-        taps[:, 0] = 1.0
-        for block, rows in zip(self.blocks, taps, strict=True):
-            if block.attn.shift is not None:
-                for part, used in zip(rows.split(widths, dim=-1), block.attn.shift.taps(), strict=True):
-                    if used is not None:
-                        part.copy_(used)
-        return Cache(w.new_zeros(kv), w.new_zeros(kv), w.new_zeros(c.n_layer, batch_size, c.shift_window - 1, sum(widths)), taps)
+        kv = (batch_size, c.n_kv_head, max_length or c.block_size, c.head_dim)
+        cache = Cache([], [], [], [])
+        for block in self.blocks:
+            widths, shift = block.attn.widths, block.attn.shift
+            taps = w.new_zeros(c.shift_window, sum(widths))
+            taps[0] = 1.0
+            for part, used in zip(taps.split(widths, dim=-1), shift.taps() if shift else [None] * 3, strict=True):
+                if used is not None:
+                    part.copy_(used)
+            cache.k.append(w.new_zeros(kv))
+            cache.v.append(w.new_zeros(kv))
+            cache.raw.append(w.new_zeros(batch_size, c.shift_window - 1, sum(widths)))
+            cache.taps.append(taps)
+        return cache
 
     def step(self, token, cache: Cache, at: torch.Tensor):
         """Logits (B, V) for what follows token (B, 1), read into the cache at place `at`, a tensor (1,). Unlike `forward` with
@@ -369,7 +373,7 @@ class GPT(nn.Module):
         cache = self.new_cache(B, min(block_size, len(recent) + max_new_tokens))
         if compile:
             step = torch.compile(self.step, mode="reduce-overhead" if idx.device.type == "cuda" else None)
-            for memory in (cache.k, cache.v, cache.raw, cache.taps):  # a CUDA graph may write to what stays where it is
+            for memory in (*cache.k, *cache.v, *cache.raw, *cache.taps):  # a CUDA graph may write to what stays where it is
                 torch._dynamo.mark_static_address(memory)
         stopped = torch.zeros(B, dtype=torch.bool, device=idx.device)
         for i in range(max_new_tokens):
