@@ -50,7 +50,7 @@ def print_dry_run(config):
             continue
         B = min(config.micro_batch_size or share, share)
         kept = activation_bytes(config, B)
-        block = 2 * sum(p.numel() for p in model.blocks[0].parameters()) + 2 * n_embeddings  # gathered: two blocks and the root
+        block = 2 * sum(p.numel() for p in model.blocks[0].parameters()) + n_embeddings  # gathered: two blocks and the root
         days = flops * tokens / (gpus * PEAK_FLOPS["H100"] * config.dry_run_mfu) / 86_400
         print(f"{gpus:>5} {days:>9,.1f} {(18 * n + kept) / 1e9:>9,.1f} {(16 * n / gpus + 2 * block + kept) / 1e9:>9,.1f} {B:>18}")
 

@@ -98,7 +98,9 @@ class TrainConfig(GPTConfig):
 def main():
     config = parse(TrainConfig, sys.argv[1:])
     if config.dry_run:
-        config.vocab_size = config.vocab_size or Corpus(FOLDER / config.dataset).vocab_size
+        if not config.vocab_size:
+            prepare_corpus(config.dataset)
+            config.vocab_size = Corpus(FOLDER / config.dataset).vocab_size
         return print_dry_run(config)
     try:
         with contextlib.ExitStack() as cleanup:
@@ -134,6 +136,8 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
         raise UserError("fsdp=True needs torchrun (torchrun --nproc_per_node=8 train.py ...) and float32 or bfloat16")
     if config.fsdp and config.optimizer == "muon":
         raise UserError("optimizer=muon needs whole matrices, which fsdp=True shares out: choose one of them")
+    if config.optimizer == "muon" and dtype == torch.float16:  # where one optimizer skips a step, the other would not
+        raise UserError("optimizer=muon can't be trained in float16: pass --dtype=bfloat16 or float32, or --optimizer=adamw")
     if distributed:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -200,10 +204,15 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
         if stands["scaler"]:  # of a run in float16
             scaler.load_state_dict(stands["scaler"])
         del checkpoint
-    fast_model = torch.compile(model) if compiled else model
+    fast_model = model
+    if compiled and config.fsdp:
+        for block in model.blocks:  # between them FSDP gathers weights, which is not compiled
+            block.compile()
+    elif compiled:
+        fast_model = torch.compile(model)
     train_model = fast_model
     if distributed and not config.fsdp:
-        train_model = DistributedDataParallel(fast_model, gradient_as_bucket_view=True)
+        train_model = DistributedDataParallel(fast_model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     # --- what is said, once
     n_parameters = sum(p.numel() for p in model.parameters())
@@ -453,7 +462,8 @@ def evaluate(model, corpus: Corpus, config: TrainConfig, device, autocast, rank:
 @torch.no_grad()
 def evaluate_induction(model, corpus: Corpus, config: TrainConfig, device, autocast, n: int = 64) -> dict:
     """Mean losses in nats on n sequences of block_size / 2 random ids, each followed by itself: "val_random" where the ids
-    are new, "val_induction" where they come a second time. A perfect induction head's second loss is 0.
+    are new, "val_induction" where they come a second time. An induction head that knows only the token before can't bring
+    the second to 0: an id that was drawn several times was followed by several.
 
     The ids are drawn evenly from those that occur in the windows of `evaluate`, the same for every run on a corpus and
     context. The first token of the repeat does not count, as nothing says that one begins.

@@ -64,9 +64,10 @@ def single(corpus, tmp_path):
     (2, {"fsdp": False, "optimizer": "muon", "learning_rate": 1e-4}),
     pytest.param(4, {"fsdp": False}, marks=pytest.mark.slow), pytest.param(4, {"fsdp": True}, marks=pytest.mark.slow),
     pytest.param(2, {"fsdp": True, "tie_embeddings": False, "kv_shift": "qkv", "n_kv_head": 1}, marks=pytest.mark.slow),
+    pytest.param(2, {"fsdp": True, "recompute": True, "compile": True}, marks=pytest.mark.slow),
 ])
 def test_several_processes_train_the_same_model_as_one(corpus, tmp_path, n_processes, more):
-    alone = {key: value for key, value in more.items() if key not in ("fsdp", "micro_batch_size", "recompute")}
+    alone = {key: value for key, value in more.items() if key not in ("fsdp", "micro_batch_size", "recompute", "compile")}
     finish(train(0, dataset=corpus, out_dir=tmp_path / "one", **alone))
     out = finish(train(n_processes, dataset=corpus, out_dir=tmp_path / "many", **more))
     assert out.count("done: best val loss") == out.count("step 30/30") == 1  # only one process writes
