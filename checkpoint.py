@@ -81,17 +81,19 @@ def load_checkpoint(path: Path, verify: bool = True) -> dict:
     return checkpoint
 
 
-def load_model(checkpoint: dict, device) -> GPT:
+def load_model(checkpoint: dict, device, dtype=torch.float32) -> GPT:
     """The model of a checkpoint, ready to be used (not trained)."""
     saved = checkpoint["config"]
     try:
-        model = GPT(make(GPTConfig, {f.name: saved[f.name] for f in fields(GPTConfig) if f.name in saved}))
-        model.load_state_dict(checkpoint["model"])
-    except (RuntimeError, TypeError, ValueError) as error:
+        with torch.device("meta"):  # without memory and initial weights of its own
+            model = GPT(make(GPTConfig, {f.name: saved[f.name] for f in fields(GPTConfig) if f.name in saved}))
+        model.load_state_dict({name: weight.to(device, dtype) for name, weight in checkpoint["model"].items()}, assign=True)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         if out_of_memory(error):
             raise
         raise UserError(f"the checkpoint's weights do not fit its config: {str(error).splitlines()[-1].strip()}") from None
-    return model.to(device).eval()
+    model.leave_meta()
+    return model.eval()
 
 
 def find_checkpoint(config, corpus: Corpus) -> dict | None:
@@ -137,15 +139,17 @@ def same_run(checkpoint: dict, config, corpus: Corpus):
                         "or --resume=no to start over")
 
 
-def cut_log(path: Path, step: int):
-    """Leaves the lines of log.jsonl up to `step`: those after it are written again, and the last may be half a line."""
+def cut_log(path: Path, step: int, config):
+    """Leaves the lines of log.jsonl up to `step`: those after it are written again, and the last may be half a line. The
+    first gets the config as it is now: a run may go on with more steps."""
     kept = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, AttributeError, TypeError):
-            if json.loads(line).get("step", 0) <= step:
-                kept.append(line + b"\n")
+            entry = json.loads(line)
+            if entry.get("step", 0) <= step:
+                kept.append(json.dumps(entry | ({"config": asdict(config)} if "config" in entry else {})))
     with atomic_write(path) as f:
-        f.write(b"".join(kept))
+        f.write("".join(line + "\n" for line in kept).encode())
 
 
 def out_of_memory(error: Exception) -> str:

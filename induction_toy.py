@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from config import UserError, parse, run
-from data import atomic_write
+from data import atomic_write, lock
 from estimate import estimate_flops
 from model import GPT, GPTConfig, rotate
 from plot import style, table
@@ -310,8 +310,9 @@ def measure(config: ToyConfig, experiment: str):
         if what_matters(old) == what_matters(config):
             done = {key: rows for key in wanted if (rows := [r for r in records if (r["model"], r["seed"]) == key])}
     if path.exists() and not done:
-        os.replace(path, path.with_suffix(".old"))
-        print(f"the figures of an earlier run are now {path.with_suffix('.old')}")
+        aside = next(p for n in range(1, sys.maxsize) if not (p := path.with_suffix(f".old-{n}")).exists())
+        os.replace(path, aside)
+        print(f"the figures of an earlier run are now {aside}")
     todo = [key for key in wanted if key not in done]
     if config.resume == "no":
         for key in todo:
@@ -609,7 +610,9 @@ def present(config: ToyConfig, experiment: str) -> str:
     title, draw, size = EXPERIMENTS[experiment]
     path = Path(config.out_dir) / experiment
     if not config.plot_only:
-        measure(config, experiment)
+        with ExitStack() as stack:
+            stack.callback(os.close, lock(config.out_dir))  # a second run would write over this one's figures
+            measure(config, experiment)
     config, records = load(path.with_suffix(".jsonl"))
     figure = Figure(figsize=size, layout="constrained")
     text = draw(config, records, figure)

@@ -146,6 +146,13 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return (x * cos).addcmul_(torch.cat([second, first], dim=-1), sin)
 
 
+def rotary_tables(config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (block_size, 1, D) for `rotate`, the sine of the first half of D with its sign."""
+    frequencies = config.rope_base ** -(torch.arange(config.head_dim // 2) * 2.0 / config.head_dim)
+    angles = torch.arange(config.block_size)[:, None, None] * frequencies
+    return torch.cat([angles.cos(), angles.cos()], dim=-1), torch.cat([-angles.sin(), angles.sin()], dim=-1)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -232,21 +239,27 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-        for name in ("cos", "sin"):
-            self.register_buffer(name, torch.empty(config.block_size, 1, config.head_dim), persistent=False)
+        for name, table in zip(("cos", "sin"), rotary_tables(config), strict=True):
+            self.register_buffer(name, table, persistent=False)
         if not self.head.weight.is_meta:  # on the meta device there is nothing to fill yet
             self.init_weights()
 
     def materialize(self, device):
         """Gives a model that was made on the meta device its memory on `device`, and its initial weights."""
         self.to_empty(device=device)
-        if self.config.tie_embeddings:
-            self.head.weight = self.embed.weight  # to_empty made two of it
+        self.leave_meta()
         self.init_weights()
+
+    def leave_meta(self):
+        """For a model that was made on the meta device, when its parameters have got memory: makes one of the two matrices
+        that are tied, and the rotary tables."""
+        if self.config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.cos, self.sin = (table.to(self.embed.weight.device) for table in rotary_tables(self.config))
 
     @torch.no_grad()
     def init_weights(self):
-        """Fills all parameters and tables, from torch's default generator. Works shard by shard under FSDP, too.
+        """Fills all parameters, from torch's default generator. Works shard by shard under FSDP, too.
 
         | parameter                     | distribution                                       |
         |-------------------------------|----------------------------------------------------|
@@ -275,10 +288,6 @@ class GPT(nn.Module):
             if isinstance(p, DTensor):  # FSDP: this process keeps its shard
                 w = distribute_tensor(w.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
             p.copy_(w)
-        frequencies = c.rope_base ** -(torch.arange(c.head_dim // 2) * 2.0 / c.head_dim)
-        angles = torch.arange(c.block_size)[:, None, None] * frequencies
-        self.cos.copy_(torch.cat([angles.cos(), angles.cos()], dim=-1))
-        self.sin.copy_(torch.cat([-angles.sin(), angles.sin()], dim=-1))
 
     def forward(self, idx, targets=None, cache: Cache | None = None, reduction: str = "mean"):
         """Logits for the token after each, or with `targets` their cross entropy.

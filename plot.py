@@ -80,7 +80,7 @@ def read_run(folder: Path) -> dict:
 
 def group(runs: list[dict], over: tuple = ()) -> dict[str, list[dict]]:
     """label -> the runs that differ in nothing but the seed and the options named in `over`."""
-    options = [f for f in fields(TrainConfig) if f.name not in FREE_TO_CHANGE | {"seed", *over}]
+    options = [f for f in fields(TrainConfig) if f.name == "dtype" or f.name not in FREE_TO_CHANGE | {"seed", *over}]
     groups = {}
     for one in runs:  # an option that is younger than a run had its default
         groups.setdefault(tuple(one["config"].get(f.name, f.default) for f in options), []).append(one)
@@ -140,6 +140,10 @@ def draw_curves(folders, out, x: str = "steps") -> str:
     from matplotlib.figure import Figure  # not pyplot: it needs no display
 
     runs = [read_run(folder) for folder in dict.fromkeys(map(Path, folders))]
+    for label, members in group(runs).items():
+        if len({one["config"]["seed"] for one in members}) < len(members):
+            raise UserError(f"two of the runs ({label}) have the same seed and differ in nothing that changes a result: leave "
+                            "one of them out")
     keys = [key for key in PANELS if any(key in line for one in runs for line in one["lines"])]
     if x in OVER:
         keys = ["val_loss"]

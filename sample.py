@@ -64,7 +64,7 @@ def write_samples(config: SampleConfig):
     device, dtype = choose_device(config.device, config.dtype)
     checkpoint = load_checkpoint(Path(config.out_dir) / config.checkpoint)
     tokenizer = Tokenizer(checkpoint["tokenizer"])
-    model = load_model(checkpoint, device).to(dtype)
+    model = load_model(checkpoint, device, dtype)
 
     prompt = tokenizer.encode(Path(config.prompt_file).read_bytes() if config.prompt_file else config.prompt).tolist()
     idx = torch.tensor(prompt or [tokenizer.start], device=device).repeat(config.num_samples, 1)

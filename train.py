@@ -220,7 +220,7 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
     if rank == 0:
         if resumed_at >= 0:
             print(f"going on from step {step} of {out_dir / 'ckpt.pt'}")
-            cut_log(out_dir / "log.jsonl", step)
+            cut_log(out_dir / "log.jsonl", step, config)
         log = cleanup.enter_context(open(out_dir / "log.jsonl", "a"))
         if resumed_at < 0:
             versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}

@@ -183,7 +183,7 @@ def test_all_makes_one_page(tmp_path, call):
     code, out, err = call(toy.main, *options(TINY), "--experiment=width", f"--out_dir={tmp_path}", "--seeds=2")
     assert "is complete" in out
     code, out, err = call(toy.main, *options(TINY), "--experiment=width", f"--out_dir={tmp_path}", "--width_steps=2")
-    assert "width: 4 models to train" in out and (tmp_path / "width.old").exists()
+    assert "width: 4 models to train" in out and (tmp_path / "width.old-1").exists()
 
 
 @pytest.mark.parametrize("preset", sorted(path.name for path in (ROOT / "config").glob("toy_*.py")))
