@@ -39,6 +39,8 @@ def print_dry_run(config):
     print(f"parameters: {n:,} ({n / 1e9:.2f}B), {n - n_embeddings:,} without embeddings")
     print(f"{flops / 1e9:,.1f} GFLOPs a token (forward, backward, attention); {config.max_steps:,} steps of "
           f"{config.batch_size * config.block_size:,} tokens = {tokens / 1e9:,.1f}B tokens, {flops * tokens:.2e} FLOPs")
+    print(f"on disk: ckpt.pt {12 * n / 1e9:,.1f} GB, which the first process puts together in its memory, and best.pt "
+          f"{4 * n / 1e9:,.1f} GB; twice that while they are replaced")
     print(f"days at {config.dry_run_mfu:.0%} of {PEAK_FLOPS['H100'] / 1e12:.0f} TFLOP/s (an H100's bfloat16 peak), and memory a "
           "GPU: float32 weights, gradients and\ntwo AdamW moments (16 bytes a parameter), bfloat16 copies of the weights in use, "
           "and about what a forward pass keeps")
@@ -63,4 +65,4 @@ def activation_bytes(config, B: int) -> int:
     # output, gate and up and their product: two bytes each
     block = tokens * (2 * 4 * c.n_embd + 2 * (2 * c.n_embd + 2 * (c.n_embd + kv) + c.n_embd + 3 * c.ffn_size))
     blocks = tokens * 4 * c.n_embd * c.n_layer + block if c.recompute else block * c.n_layer
-    return blocks + tokens * c.padded_vocab_size * (2 + 4)  # logits, and their softmax in float32
+    return blocks + tokens * c.padded_vocab_size * (2 + 2)  # logits and their gradient: a compiled loss keeps no float32 copy

@@ -3,8 +3,4 @@
 experiment = "hop"
 out_dir = "out/toy_hop"
 seeds = 1
-hop_max = 4
-hop_length = 50
-hop_depths = "2 3 4"
-hop_steps = 1000
 eval_every = 100
