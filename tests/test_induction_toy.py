@@ -1,6 +1,8 @@
 """The toy experiments: data against brute force, the theory against the attention itself, and the script as it is called."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 import induction_toy as toy
 from config import parse
+from data import lock
 from model import GPT, GPTConfig
 
 TINY = {"seeds": 1, "workers": 1, "device": "cpu", "width": 16, "n_head": 2, "max_steps": 4, "eval_every": 2, "batch_size": 4,
@@ -184,6 +187,9 @@ def test_all_makes_one_page(tmp_path, call):
     assert "is complete" in out
     code, out, err = call(toy.main, *options(TINY), "--experiment=width", f"--out_dir={tmp_path}", "--width_steps=2")
     assert "width: 4 models to train" in out and (tmp_path / "width.old-1").exists()
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, lock(tmp_path))  # a second run's figures would be lost
+        assert "another process is writing to" in call(toy.main, *options(TINY), f"--out_dir={tmp_path}")[2]
 
 
 @pytest.mark.parametrize("preset", sorted(path.name for path in (ROOT / "config").glob("toy_*.py")))

@@ -139,12 +139,13 @@ def test_sizes_are_fitted_with_a_power_law(tmp_path, monkeypatch):
     (["empty"], "empty/log.jsonl is damaged"),
     (["begun"], "nothing to draw in begun/log.jsonl"),
     (["begun", "--scalars=True"], "no checkpoint begun/best.pt"),
-    (["begun", "--out=a.pdf"], "must end in .png"),
+    (["begun", "--out=a.pdf"], "must end in .png"), (["one", "one_again"], "(kv_shift=kv) have the same seed"),
     (["begun", "--x=loss"], "--x=loss: must be steps | tokens"),
 ])
 def test_a_mistake_is_one_line(call, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     write_log(tmp_path / "begun", [])
+    write_log(tmp_path / "one", [4.0]), write_log(tmp_path / "one_again", [4.0], compile=True)
     write_log(tmp_path / "damaged", [4.0], end='{"step": 1, "lo\n{"step": 2, "loss": 1.0}\n')
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/log.jsonl").touch()

@@ -318,6 +318,7 @@ def test_other_arithmetic_learns_the_same(call, corpus, tmp_path, dtype, compile
     (["--n_kv_head=4"], "n_head=2 must be divisible by n_kv_head=4"), (["--kv_shift=kq"], "none | kv | k | v | qkv"),
     (["--shift_window=1"], "at least 2"), (["--shift_window=17"], "at most block_size=16"), (["--dropout=1"], "below 1"),
     (["--dropout=nan"], "dropout=nan"), (["--learning_rate=nan"], "learning_rate=nan"), (["--learning_rate=-1"], "at least 0"),
+    (["--optimizer=muon", "--dtype=float16"], "can't be trained in float16"),
     (["--batch_size=4", "--micro_batch_size=3"], "divisible by micro_batch_size=3"), (["--batch_size=0"], "at least 1"),
     (["--seed=-1"], "seed=-1"), (["--device=gpu"], "device=gpu"), (["--device=meta"], "device=meta"),
     (["--max_steps=0"], "max_steps=0"), (["--rope_base=inf"], "rope_base=inf"), (["--out_dir="], "not empty"),
@@ -413,6 +414,7 @@ def test_a_corpus_prepared_anew_is_noticed_and_a_constant_rate_may_go_on(call, c
     call(train.main, *arguments)
     assert call(train.main, *arguments, "--max_steps=6", "--eval_every=3", "--dtype=float16")[0] == 0
     assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["run"]["step"] == 6
+    assert [line["config"]["max_steps"] for line in log_of(tmp_path / "out") if "config" in line] == [6]
     flip(corpus / "train.bin")
     code, _, err = call(train.main, *arguments, "--max_steps=8")
     assert code == 2 and "has changed since it was prepared" in err
