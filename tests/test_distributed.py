@@ -61,7 +61,7 @@ def single(corpus, tmp_path):
 
 @pytest.mark.parametrize("n_processes, more", [
     (2, {"fsdp": False, "micro_batch_size": 2}), (2, {"fsdp": True, "micro_batch_size": 1, "recompute": True}),
-    (2, {"fsdp": False, "optimizer": "muon", "learning_rate": 1e-4}),
+    pytest.param(2, {"fsdp": False, "optimizer": "muon", "learning_rate": 1e-4}, marks=pytest.mark.slow),
     pytest.param(4, {"fsdp": False}, marks=pytest.mark.slow), pytest.param(4, {"fsdp": True}, marks=pytest.mark.slow),
     pytest.param(2, {"fsdp": True, "tie_embeddings": False, "kv_shift": "qkv", "n_kv_head": 1}, marks=pytest.mark.slow),
     pytest.param(2, {"fsdp": True, "recompute": True, "compile": True}, marks=pytest.mark.slow),

@@ -408,8 +408,9 @@ def test_a_log_with_damaged_lines_is_gone_on_with(call, finished, tmp_path, dama
     log = tmp_path / "out" / "log.jsonl"
     good = log.read_bytes()
     log.write_bytes(good + damage)
+    good = good.splitlines()[1:]  # behind the config, which is the new one
     assert call(train.main, *options(RUN, dataset=finished / "corpus", out_dir=tmp_path / "out", max_steps=6))[0] == 0
-    assert log.read_bytes().startswith(good)
+    assert log.read_bytes().splitlines()[1 : 1 + len(good)] == good
     assert [json.loads(line)["step"] for line in log.read_bytes().splitlines()[1:]] == [0, 1, 2, 3, 4, 5, 6]
 
 
@@ -786,7 +787,7 @@ def on_a_small_disk(finished, folder, disk):
 # ---- anything at all: random configs, arguments and texts
 
 
-EXAMPLES = pytest.mark.parametrize("examples", [8, pytest.param(500, marks=pytest.mark.slow)])
+EXAMPLES = pytest.mark.parametrize("examples", [4, pytest.param(500, marks=pytest.mark.slow)])
 MANY_EXAMPLES = pytest.mark.parametrize("examples", [150, pytest.param(5000, marks=pytest.mark.slow)])
 SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
