@@ -80,7 +80,8 @@ def read_run(folder: Path) -> dict:
 
 def group(runs: list[dict], over: tuple = ()) -> dict[str, list[dict]]:
     """label -> the runs that differ in nothing but the seed and the options named in `over`."""
-    options = [f for f in fields(TrainConfig) if f.name == "dtype" or f.name not in FREE_TO_CHANGE | {"seed", *over}]
+    same = FREE_TO_CHANGE - {"dtype"} | {"seed", *over}  # a run may go on in another precision, but not as if it were the same
+    options = [f for f in fields(TrainConfig) if f.name not in same]
     groups = {}
     for one in runs:  # an option that is younger than a run had its default
         groups.setdefault(tuple(one["config"].get(f.name, f.default) for f in options), []).append(one)
@@ -140,7 +141,8 @@ def draw_curves(folders, out, x: str = "steps") -> str:
     from matplotlib.figure import Figure  # not pyplot: it needs no display
 
     runs = [read_run(folder) for folder in dict.fromkeys(map(Path, folders))]
-    for label, members in group(runs).items():
+    groups = group(runs)
+    for label, members in groups.items():
         if len({one["config"]["seed"] for one in members}) < len(members):
             raise UserError(f"two of the runs ({label}) have the same seed and differ in nothing that changes a result: leave "
                             "one of them out")
@@ -184,7 +186,7 @@ def draw_curves(folders, out, x: str = "steps") -> str:
     label_of = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(label_of.values(), label_of.keys(), loc="outside lower center", ncols=min(3, len(label_of)), frameon=False)
     save(figure, out)
-    return ends_table(group(runs), x)
+    return ends_table(groups, x)
 
 
 def curves(runs: list[dict], key: str, x: str):

@@ -43,6 +43,7 @@ def cells(text: str) -> list[list[str]]:
     ([{}], ["kv_shift=kv"]),
     ([{}, {"seed": 2, "device": "cpu", "out_dir": "out/b"}], ["kv_shift=kv"]),
     ([{"kv_shift": "none"}, {}], ["kv_shift=none", "kv_shift=kv"]),
+    ([{"dtype": "float32"}, {"dtype": "bfloat16", "compile": True}], ["dtype=float32", "dtype=bfloat16"]),
     # the width brings ffn_size with it, the heads n_kv_head; a majority's value is not said
     ([{"n_embd": 96}, {"n_embd": 96, "n_head": 4}, {"n_embd": 192, "n_head": 4}],
      ["n_head=6", "n_head=4", "n_embd=192"]),
