@@ -41,7 +41,7 @@ class BenchConfig(TrainConfig):
     batch_size: int = 8  # sequences in a training step, where micro_batch_size is not given
     rounds: int = 9  # how often each thing is measured
     seconds: float = 0.5  # about how long a round measures one thing
-    decode_tokens: int = 100  # tokens that are decoded after a prompt of 16 (prefill reads a text of block_size)
+    decode_tokens: int = 0  # tokens decoded after a prompt of 16 (prefill reads block_size); 0: 100, or as many as fit
     nanogpt: str = ""  # a folder with nanoGPT, to be measured beside
     profile: bool = False  # write chrome traces of training steps to out/trace_*.json
     json: str = ""  # a file for all figures
@@ -49,9 +49,11 @@ class BenchConfig(TrainConfig):
     def __post_init__(self):
         self.vocab_size = self.vocab_size or 256
         super().__post_init__()
-        if self.rounds < 1 or not 0 <= self.seconds < 3600 or not 1 <= self.decode_tokens <= self.block_size - 16:
-            raise ValueError(f"rounds={self.rounds} must be at least 1, seconds={self.seconds} from 0 to 3600, and "
-                             f"decode_tokens={self.decode_tokens} between 1 and block_size - 16 = {self.block_size - 16}")
+        if self.rounds < 1 or not 0 <= self.seconds < 3600:
+            raise ValueError(f"rounds={self.rounds} must be at least 1, and seconds={self.seconds} from 0 to 3600")
+        self.decode_tokens = self.decode_tokens or min(100, self.block_size - 16)
+        if not 1 <= self.decode_tokens <= self.block_size - 16:
+            raise ValueError(f"decode_tokens={self.decode_tokens} must be between 1 and block_size - 16 = {self.block_size - 16}")
 
 
 def main():
@@ -102,11 +104,13 @@ def load_nanogpt(config: BenchConfig) -> torch.nn.Module:
     path = Path(config.nanogpt) / "model.py"
     if not path.is_file():
         raise UserError(f"no {path}: nanogpt={config.nanogpt} must be a folder with karpathy/nanoGPT")
+    if config.optimizer != "adamw":
+        raise UserError("nanoGPT has AdamW alone: pass --optimizer=adamw, to compare like with like")
     spec = importlib.util.spec_from_file_location("nanogpt", path)
     nanogpt = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(nanogpt)
     sizes = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
-    return nanogpt.GPT(nanogpt.GPTConfig(vocab_size=config.padded_vocab_size, bias=False, dropout=0.0, **sizes))
+    return nanogpt.GPT(nanogpt.GPTConfig(vocab_size=config.padded_vocab_size, bias=False, dropout=config.dropout, **sizes))
 
 
 def in_turn(actions: dict, config: BenchConfig, device) -> dict[str, list[float]]:
@@ -249,4 +253,4 @@ def print_table(figures: dict, names: list[str]):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, less_memory="Lower --micro_batch_size")

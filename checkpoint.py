@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
 
-from config import UserError, make
+from config import UserError, make, out_of_memory
 from data import Corpus, atomic_write
 from model import GPT, GPTConfig
 
@@ -139,21 +139,16 @@ def same_run(checkpoint: dict, config, corpus: Corpus):
                         "or --resume=no to start over")
 
 
-def cut_log(path: Path, step: int, config):
-    """Leaves the lines of log.jsonl up to `step`: those after it are written again, and the last may be half a line. The
-    first gets the config as it is now: a run may go on with more steps."""
+def start_log(path: Path, step: int, header: dict):
+    """Begins log.jsonl, or leaves the lines of it up to `step`: those after it are written again, and the last may be half a
+    line. The first is the header, where it had begun before with the config as it is now: a run may go on with more steps."""
     kept = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, AttributeError, TypeError):
             entry = json.loads(line)
-            if entry.get("step", 0) <= step:
-                kept.append(json.dumps(entry | ({"config": asdict(config)} if "config" in entry else {})))
+            if "config" in entry:
+                header = entry | {"config": header["config"]}
+            elif entry["step"] <= step:
+                kept.append(entry)
     with atomic_write(path) as f:
-        f.write("".join(line + "\n" for line in kept).encode())
-
-
-def out_of_memory(error: Exception) -> str:
-    """What an error says, if it is that there is no memory, else "". On a CPU torch has no type of its own for it."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-        return (str(error) or "out of memory.").splitlines()[0]
-    return ""
+        f.write("".join(json.dumps(entry) + "\n" for entry in [header, *kept]).encode())

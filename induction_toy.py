@@ -11,11 +11,11 @@ command again goes on where it was stopped, and where it is complete draws from 
 import json
 import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
-from contextlib import ExitStack
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config import UserError, parse, run
+from config import UserError, end_with_parent, parse, run
 from data import atomic_write, lock
 from estimate import estimate_flops
 from model import GPT, GPTConfig, rotate
-from plot import style, table
+from plot import save_figure, style, table
 from train import choose_device
 
 
@@ -59,7 +59,7 @@ class ToyConfig:
     min_prefix: int = 8  # fewest distinct tokens before the first repeat
     max_prefix: int = 16  # most of them
     # width
-    widths: str = "8 16 32 64"  # widths to compare
+    width_sizes: str = "8 16 32 64"  # widths to compare
     width_heads: int = 1  # heads, at every width
     width_steps: int = 1500  # optimizer steps
     width_learning_rate: float = 1e-2  # at width 8, and in proportion to 1 / width beyond: narrow models take larger steps
@@ -193,7 +193,7 @@ def models(config: ToyConfig, experiment: str) -> dict[str, GPTConfig]:
         for kv_shift, n_layer in (("kv", 1), ("none", 1), ("none", 2), ("none", 4)):
             add(kv_shift, n_layer, c.width, c.n_head, c.vocab_size, c.length)
     elif experiment == "width":
-        for width in whole_numbers(c.widths):
+        for width in whole_numbers(c.width_sizes):
             for kv_shift, n_layer in (("kv", 1), ("none", 2)):
                 add(kv_shift, n_layer, width, c.width_heads, c.vocab_size, c.length, f"width {width}, ")
     elif experiment == "ngram":
@@ -221,7 +221,7 @@ def train(config: ToyConfig, experiment: str, name_and_seed: tuple[str, int]) ->
     figures, step, seconds = [], 0, 0.0  # seconds of training alone, without the evaluations
     checkpoint = checkpoint_path(config, experiment, name, seed)
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else {"config": None}
-    if goes_on := saved["config"] == what_matters(config):
+    if goes_on := saved["config"] == what_matters(config, experiment):
         figures, step, seconds = saved["figures"], saved["step"], saved["seconds"]
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -241,7 +241,7 @@ def train(config: ToyConfig, experiment: str, name_and_seed: tuple[str, int]) ->
                 last_saved = time.perf_counter()
                 print(f"{name}, seed {seed}: step {step} of {last_step}, accuracy {scores['accuracy']:.1%}", flush=True)
                 with atomic_write(checkpoint) as f:
-                    torch.save({"config": what_matters(config), "figures": figures, "step": step, "seconds": seconds,
+                    torch.save({"config": what_matters(config, experiment), "figures": figures, "step": step, "seconds": seconds,
                                 "model": model.state_dict(), "optimizer": optimizer.state_dict()}, f)
             started = time.perf_counter()
         # one optimizer step
@@ -287,10 +287,11 @@ def evaluate(config: ToyConfig, experiment: str, model: GPT, exam, device) -> di
     return figures
 
 
-def what_matters(config: ToyConfig) -> dict:
-    """The fields that make one experiment another if they differ."""
+def what_matters(config: ToyConfig, experiment: str) -> dict:
+    """The fields that make an experiment another if they differ. Those named after another experiment do not."""
     free = ("experiment", "out_dir", "seeds", "resume", "plot_only", "workers", "device", "dtype", "micro_batch_size")
-    return {name: value for name, value in asdict(config).items() if name not in free}
+    others = tuple(f"{other}_" for other in EXPERIMENTS if other != experiment)
+    return {name: value for name, value in asdict(config).items() if name not in free and not name.startswith(others)}
 
 
 def checkpoint_path(config: ToyConfig, experiment: str, name: str, seed: int) -> Path:
@@ -307,7 +308,7 @@ def measure(config: ToyConfig, experiment: str):
     done = {}  # (name, seed) -> figures
     if path.exists() and config.resume == "auto":
         old, records = load(path)
-        if what_matters(old) == what_matters(config):
+        if what_matters(old, experiment) == what_matters(config, experiment):
             done = {key: rows for key in wanted if (rows := [r for r in records if (r["model"], r["seed"]) == key])}
     if path.exists() and not done:
         aside = next(p for n in range(1, sys.maxsize) if not (p := path.with_suffix(f".old-{n}")).exists())
@@ -327,11 +328,8 @@ def measure(config: ToyConfig, experiment: str):
     start = f"{experiment}: {len(todo)} models to train, {workers} at a time"
     print(start if todo else f"{path} is complete (--resume=no starts over)", flush=True)
     started = time.perf_counter()
-    with ExitStack() as stack:
-        each = map
-        if workers > 1:  # a small model gains next to nothing from a second core, so each core trains one of its own
-            each = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers, start_worker)).imap_unordered
-        for figures in each(partial(train, config, experiment), todo):
+    with closing(each_trained(partial(train, config, experiment), todo, workers)) as trained:
+        for figures in trained:
             end = figures[-1]
             key = end["model"], end["seed"]
             done[key] = figures
@@ -343,10 +341,27 @@ def measure(config: ToyConfig, experiment: str):
                   f"{end['step']} steps, {end['seconds']:.1f} s | about {minutes}:{seconds:02} left", flush=True)
 
 
+def each_trained(train_one, todo: list, workers: int):
+    """Yields train_one(key) of each key, as they come. A small model gains next to nothing from a second core, so each core
+    trains one of its own."""
+    if workers == 1:
+        yield from map(train_one, todo)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
+        try:
+            for future in as_completed([pool.submit(train_one, key) for key in todo]):
+                yield future.result()
+        except BrokenProcessPool:
+            raise UserError("a process that trains has died (killed, or no memory left?): the same command goes on, with fewer "
+                            "--workers in less memory") from None
+        finally:
+            for process in multiprocessing.active_children():
+                process.terminate()  # else the pool would wait for what they have begun
+
+
 def start_worker():
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the parent ends its workers, and where it is killed they end, too
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    end_with_parent()
 
 
 def save(path: Path, config: ToyConfig, records: list[dict]):
@@ -500,7 +515,7 @@ def draw_depth(config: ToyConfig, records: list[dict], figure) -> str:
 
 
 def draw_width(config: ToyConfig, records: list[dict], figure) -> str:
-    ax, widths = figure.subplots(), whole_numbers(config.widths)
+    ax, widths = figure.subplots(), whole_numbers(config.width_sizes)
     for n, kind, i in (("1 layer", "KV shift", 0), ("2 layers", "vanilla", 2)):
         of_width = [[figures[-1]["accuracy"] for figures in by_seed(records, f"{n}, width {width}, {kind}")] for width in widths]
         band(ax, widths, np.transpose(of_width), i, f"{n}, {kind}")
@@ -610,14 +625,15 @@ def present(config: ToyConfig, experiment: str) -> str:
     title, draw, size = EXPERIMENTS[experiment]
     path = Path(config.out_dir) / experiment
     if not config.plot_only:
-        with ExitStack() as stack:
-            stack.callback(os.close, lock(config.out_dir))  # a second run would write over this one's figures
+        descriptor = lock(config.out_dir)  # a second run would write over this one's figures
+        try:
             measure(config, experiment)
+        finally:
+            os.close(descriptor)
     config, records = load(path.with_suffix(".jsonl"))
     figure = Figure(figsize=size, layout="constrained")
     text = draw(config, records, figure)
-    with atomic_write(path.with_suffix(".png")) as f:
-        figure.savefig(f, format="png", dpi=100)
+    save_figure(figure, path.with_suffix(".png"))
     print(f"\n{title}\n\n{text}\n\nthe picture: {path}.png, its figures: {path}.jsonl\n", flush=True)
     return f"## {title}\n\n![{title}]({experiment}.png)\n\n{text}\n"
 
@@ -635,4 +651,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, less_memory="Lower --micro_batch_size or --workers")

@@ -121,7 +121,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def save(figure, out):
+def save_figure(figure, out):
     with atomic_write(out) as f:
         figure.savefig(f, format="png", dpi=100)
 
@@ -185,7 +185,7 @@ def draw_curves(folders, out, x: str = "steps") -> str:
     figure.axes[0].set_ylabel("nats")
     label_of = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(label_of.values(), label_of.keys(), loc="outside lower center", ncols=min(3, len(label_of)), frameon=False)
-    save(figure, out)
+    save_figure(figure, out)
     return ends_table(groups, x)
 
 
@@ -296,7 +296,7 @@ def draw_scalars(folders, out, checkpoint: str = "best.pt") -> str:
         figure.colorbar(points, ax=both, label="layer", ticks=np.unique(np.linspace(1, n_layer, min(n_layer, 8)).round()))
         keys.set_title(label)
         values.set_title("dotted: the sum is 1, as at the start", fontsize=9)
-    save(figure, out)
+    save_figure(figure, out)
     return table(list(columns), [list(row) for row in zip(*columns.values(), strict=True)])
 
 

@@ -15,8 +15,8 @@ from typing import Literal
 
 import torch
 
-from checkpoint import load_checkpoint, load_model, out_of_memory
-from config import UserError, parse, run
+from checkpoint import load_checkpoint, load_model
+from config import parse, run
 from data import Tokenizer
 from train import choose_device
 
@@ -52,15 +52,6 @@ class SampleConfig:
 
 def main():
     config = parse(SampleConfig, sys.argv[1:])
-    try:
-        write_samples(config)
-    except (RuntimeError, MemoryError) as error:
-        if what := out_of_memory(error):
-            raise UserError(f"{what} Lower --num_samples or --max_new_tokens") from None
-        raise
-
-
-def write_samples(config: SampleConfig):
     device, dtype = choose_device(config.device, config.dtype)
     checkpoint = load_checkpoint(Path(config.out_dir) / config.checkpoint)
     tokenizer = Tokenizer(checkpoint["tokenizer"])
@@ -99,4 +90,4 @@ def write_stream(tokens, prompt: list[int], tokenizer: Tokenizer, stop_token: in
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, less_memory="Lower --num_samples or --max_new_tokens")

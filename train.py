@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import cut_log, find_checkpoint, load_checkpoint, out_of_memory, save_checkpoint
-from config import UserError, parse, run
+from checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, start_log
+from config import UserError, for_user, out_of_memory, parse, run
 from data import FOLDER, Corpus, Tokenizer, TrainBatches, lock, val_starts
 from estimate import estimate_flops, peak_flops, print_dry_run
 from model import GPT, GPTConfig
@@ -106,8 +106,7 @@ def main():
         with contextlib.ExitStack() as cleanup:
             code = train(config, cleanup)
     except Exception as error:
-        if what := out_of_memory(error):
-            error = UserError(f"{what} Lower --micro_batch_size, or pass --recompute=True or --fsdp=True")
+        error = for_user(error, "Lower --micro_batch_size, or pass --recompute=True or --fsdp=True")
         if not dist.is_initialized():
             raise error
         code = 2 if isinstance(error, (UserError, OSError)) else 1
@@ -220,14 +219,12 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
     if rank == 0:
         if resumed_at >= 0:
             print(f"going on from step {step} of {out_dir / 'ckpt.pt'}")
-            cut_log(out_dir / "log.jsonl", step, config)
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        header = {"config": asdict(config), "parameters": n_parameters, "device": device_name, "processes": world_size,
+                  "versions": versions, "corpus": {"tokens": corpus.tokens, "sha256": corpus.sha256},
+                  "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        start_log(out_dir / "log.jsonl", step, header)
         log = cleanup.enter_context(open(out_dir / "log.jsonl", "a"))
-        if resumed_at < 0:
-            versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-            header = {"config": asdict(config), "parameters": n_parameters, "device": device_name, "processes": world_size,
-                      "versions": versions, "corpus": {"tokens": corpus.tokens, "sha256": corpus.sha256},
-                      "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-            print(json.dumps(header), file=log, flush=True)
         print(f"{n_parameters / 1e6:.2f}M parameters, kv_shift={config.kv_shift}, on {world_size} x {device_name} in {dtype}"
               f"{', compiled' if compiled else ''}; {corpus.tokens['train'] / 1e6:,.1f}M tokens in {corpus.folder.name}, "
               f"{config.batch_size * config.block_size:,} a step; checkpoints and log go to {out_dir}")

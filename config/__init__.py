@@ -13,10 +13,13 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import multiprocessing
 import os
 import re
 import runpy
+import signal
 import sys
+import threading
 import types
 import typing
 from pathlib import Path
@@ -26,8 +29,9 @@ class UserError(Exception):
     """What the user can put right: `run` prints it as one line, without a traceback."""
 
 
-def run(main):
-    """Calls main() for a script: a UserError, or an error of the disk, ends it with one line and exit code 2."""
+def run(main, less_memory: str = ""):
+    """Calls main() for a script: a UserError, an error of the disk, or one of those that `for_user` knows, ends it with one
+    line and exit code 2."""
     if hasattr(sys.stdout, "reconfigure"):  # it may have been closed, or be a notebook's
         sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a question mark
     try:
@@ -41,8 +45,33 @@ def run(main):
         if error.errno is None:
             raise
         sys.exit(_report(f"{error.strerror}: {error.filename}" if error.filename else str(error)))
+    except (RuntimeError, MemoryError) as error:  # torch's
+        if (known := for_user(error, less_memory)) is error:
+            raise
+        sys.exit(_report(str(known)))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def for_user(error: Exception, less_memory: str) -> Exception:
+    """The UserError in place of an error that says that there is no memory, or no compiler; any other as it is. `less_memory`
+    is the script's advice."""
+    if out_of_memory(error):
+        return UserError(f"{(str(error) or 'out of memory.').splitlines()[0]} {less_memory}")
+    if "InvalidCxxCompiler" in str(error):
+        return UserError("compile=True needs a C++ compiler, and none works here: install one (g++), or pass --compile=False")
+    return error
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there is no memory. On a CPU torch has no type of its own for it."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def end_with_parent():
+    """For a process that a script starts: Ctrl-C is its parent's to answer, and where the parent is killed it ends, too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def _report(message: str) -> int:

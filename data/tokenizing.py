@@ -14,9 +14,7 @@ import hashlib
 import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -24,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError
+from config import UserError, end_with_parent
 from data import FOLDER, CorpusWriter, Tokenizer
 
 PIECE = 1 << 20  # bytes that are tokenized at a time
@@ -152,14 +150,8 @@ def encode(tokenizer, lot) -> dict:
 def start_worker(spec):
     """Runs once in each process of the pool."""
     global worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent's answer ends this one
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     worker_tokenizer = Tokenizer(spec)
-
-
-def end_with_parent():
-    multiprocessing.parent_process().join()  # it may be killed, and then sends no word
-    os._exit(1)
 
 
 def encode_in_worker(lot):

@@ -924,12 +924,18 @@ def test_requirements_are_pinned():
     assert len(lines) >= 4 and all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines)
 
 
-def test_no_memory_while_sampling_is_one_line(call, finished, monkeypatch):
-    def full(*arguments, **more):
-        torch.empty(1 << 60, dtype=torch.uint8)
+def no_compiler():
+    raise RuntimeError("backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found in None")
 
-    monkeypatch.setattr(sample, "write_stream", full)
-    assert_one_line(call(sample.main, f"--out_dir={finished / 'out'}"), "Lower --num_samples or --max_new_tokens")
+
+@pytest.mark.parametrize("fail, words", [(lambda: torch.empty(1 << 60, dtype=torch.uint8), "allocate"),
+                                         (lambda: bytearray(1 << 62), "out of memory"), (no_compiler, "needs a C++ compiler")])
+def test_no_memory_or_no_compiler_is_one_line(call, finished, monkeypatch, fail, words):
+    monkeypatch.setattr(sample, "write_stream", lambda *arguments: fail())
+    assert_one_line(call(sample.main, f"--out_dir={finished / 'out'}"), words)
+
+
+def test_an_error_in_the_program_keeps_its_traceback(call, finished, monkeypatch):
     monkeypatch.setattr(sample, "write_stream", lambda *arguments: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):  # an error in the program keeps its traceback
         call(sample.main, f"--out_dir={finished / 'out'}")

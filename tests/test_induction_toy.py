@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import induction_toy as toy
-from config import parse
+from config import UserError, parse
 from data import lock
 from model import GPT, GPTConfig
 
 TINY = {"seeds": 1, "workers": 1, "device": "cpu", "width": 16, "n_head": 2, "max_steps": 4, "eval_every": 2, "batch_size": 4,
-        "eval_sequences": 8, "length": 12, "min_prefix": 4, "max_prefix": 6, "vocab_size": 9, "widths": "8 16", "width_steps": 3,
-        "ngram_sizes": "1x8 2x16", "ngram_pairs": 20, "ngram_steps": 3, "landscape_sizes": "8 16",
+        "eval_sequences": 8, "length": 12, "min_prefix": 4, "max_prefix": 6, "vocab_size": 9, "width_sizes": "8 16",
+        "width_steps": 3, "ngram_sizes": "1x8 2x16", "ngram_pairs": 20, "ngram_steps": 3, "landscape_sizes": "8 16",
         "hop_depths": "1 2", "hop_max": 2, "hop_length": 12, "hop_steps": 3}
 
 
@@ -187,6 +187,7 @@ def test_all_makes_one_page(tmp_path, call):
     assert "is complete" in out
     code, out, err = call(toy.main, *options(TINY), "--experiment=width", f"--out_dir={tmp_path}", "--width_steps=2")
     assert "width: 4 models to train" in out and (tmp_path / "width.old-1").exists()
+    assert "is complete" in call(toy.main, *options(TINY), "--experiment=hop", f"--out_dir={tmp_path}", "--width_steps=2")[1]
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, lock(tmp_path))  # a second run's figures would be lost
         assert "another process is writing to" in call(toy.main, *options(TINY), f"--out_dir={tmp_path}")[2]
@@ -223,11 +224,16 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     assert [r | {"seconds": 0} for r in resumed] == [r | {"seconds": 0} for r in whole]
 
 
+def test_a_worker_that_dies_ends_the_run():
+    with pytest.raises(UserError, match="has died"):
+        list(toy.each_trained(os._exit, [1, 1], workers=2))
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--experiment=dept"], "must be depth"),
     (["--widht=8"], "did you mean --width="),
     (["--width=10"], "divisible by 2 * n_head"),
-    (["--widths=8,16"], "whole numbers"),
+    (["--width_sizes=8,16"], "whole numbers"),
     (["--ngram_sizes=8"], "'1x8 2x64'"),
     (["--max_prefix=40"], "max_prefix=40"),
     (["--ngram_pairs=401"], "at most"),

@@ -142,6 +142,15 @@ def test_a_resumed_run_drops_what_the_log_has_beyond_its_checkpoint(call, corpus
     assert_same_run(whole_run, out_dir)
 
 
+def test_a_lost_log_begins_anew(call, corpus, tmp_path):
+    arguments = options(TINY, dataset=corpus, out_dir=tmp_path, lr_schedule="constant")
+    assert call(train.main, *arguments)[0] == 0
+    (tmp_path / "log.jsonl").unlink()
+    code, out, _ = call(train.main, *arguments, f"--max_steps={TINY['max_steps'] + 2}")
+    header, *lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert code == 0 and header["config"]["max_steps"] == TINY["max_steps"] + 2 and len(lines) == 2 and "and loss.png" in out
+
+
 def fail_at(function, n, error):
     """`function`, whose n-th call raises the error."""
     calls = []
