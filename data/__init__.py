@@ -127,6 +127,7 @@ class CorpusWriter:
 
     What takes hours gives a `recipe`, all that the result depends on (for JSON), and calls corpus.save(place) now and then:
     a later run with the same recipe, whatever stopped this one, finds that place in corpus.place and goes on from there.
+    With another recipe it is refused, here and by `is_complete`.
     """
 
     def __init__(self, folder, tokenizer: Tokenizer, source: str, recipe: dict | None = None):
@@ -157,10 +158,7 @@ class CorpusWriter:
         nothing to go on from."""
         try:
             saved = json.loads(self.unfinished.read_text())
-            others = [name for name in self.recipe if saved["recipe"].get(name) != self.recipe[name]]
-            if others:
-                print(f"starting over: what an earlier run left in {self.folder} has another {', '.join(others)}")
-                return None
+            check_recipe(self.unfinished, saved["recipe"], self.recipe)
             self.counts, self.hashes, self.files = saved["tokens"], {}, {}
             for split, count in self.counts.items():
                 path, final = self._temporary(split), self.folder / f"{split}.bin"
@@ -207,9 +205,8 @@ class CorpusWriter:
                 (self.folder / "meta.json").unlink(missing_ok=True)  # from here to the last line there is no corpus
                 for split in self.files:
                     os.replace(self._temporary(split), self.folder / f"{split}.bin")
-                meta = {"tokenizer": self.tokenizer.spec, "vocab_size": self.tokenizer.vocab_size,
-                        "dtype": self.dtype.name,
-                        "tokens": self.counts, "sha256": self._sha256(), "source": self.source}
+                meta = {"tokenizer": self.tokenizer.spec, "vocab_size": self.tokenizer.vocab_size, "dtype": self.dtype.name,
+                        "tokens": self.counts, "sha256": self._sha256(), "source": self.source, "recipe": self.recipe}
                 with atomic_write(self.folder / "meta.json") as f:
                     f.write(json.dumps(meta, indent=1).encode())
                 whole = True
@@ -223,6 +220,29 @@ class CorpusWriter:
             else:
                 print(f"stopped; what is done stays in {self.folder}, and the same command goes on from there")
             os.close(self.lock)
+
+
+def is_complete(folder: Path, recipe: dict) -> bool:
+    """Whether the folder has the corpus of this recipe already, whole. One of another recipe is a UserError."""
+    path = folder / "meta.json"
+    try:
+        found = json.loads(path.read_text()).get("recipe") or {}
+    except (FileNotFoundError, ValueError, AttributeError):
+        return False
+    check_recipe(path, found, recipe)
+    try:
+        Corpus(folder)
+    except UserError as error:
+        print(f"starting over: {error}")
+        return False
+    print(f"{folder} is complete (to have it made again, remove {path})")
+    return True
+
+
+def check_recipe(path: Path, found: dict, recipe: dict):
+    """A UserError if the corpus that `path` belongs to was made by another recipe: it may be the work of hours."""
+    if others := [name for name in recipe if found.get(name) != recipe[name]]:
+        raise UserError(f"{path.parent} has a corpus made with another {', '.join(others)}: pass another --name, or remove {path}")
 
 
 def lock(folder):

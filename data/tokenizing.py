@@ -96,7 +96,7 @@ class Files:
         self.name = ", ".join(names[:9] + [f"... {len(names)} files"] if len(names) > 10 else names)
         self.total = sum(self.sizes)
         self.recipe = {"input": [[name, os.path.getsize(path), os.stat(path).st_mtime_ns]
-                                 for name, path in zip(names, paths, strict=True)]}
+                                 for name, path in zip(names, paths, strict=True)], "piece_size": PIECE}
         self.start = {"file": 0, "piece": 0, "text": 0, "document": "", "done": 0}
 
     def __iter__(self):
@@ -204,7 +204,7 @@ def plan(folder, kind: str, text: float, workers: int, what: str) -> int:
 def check(config, own: str = ""):
     """The options that the scripts have in common; `own` is the name of the script's own folder, if a corpus may lie there."""
     name = config.name
-    if not name or Path(name).name != name or (FOLDER / name / "prepare.py").exists() and name != own:
+    if name in ("", ".", "..") or Path(name).name != name or (FOLDER / name / "prepare.py").exists() and name != own:
         raise ValueError(f"name={name!r} must be the plain name of a folder in data/ that has no prepare.py of its own")
     if not 0 < config.val_fraction < 1:
         raise ValueError(f"val_fraction={config.val_fraction} must be between 0 and 1")
@@ -214,7 +214,6 @@ def check(config, own: str = ""):
 
 def write_corpus(folder, tokenizer, source, parts, recipe: dict, workers: int):
     """Tokenizes what `parts` yields, lists of (split, bytes, whether a document ends here, where it is from), to a corpus."""
-    recipe = recipe | source.recipe | {"tokenizer": tokenizer.spec, "PIECE": PIECE}
     with CorpusWriter(folder, tokenizer, source.name, recipe) as corpus:
         source.start = corpus.place or source.start
         progress, saved = Progress(source.total, source.start["done"]), time.monotonic()
@@ -230,7 +229,7 @@ def write_corpus(folder, tokenizer, source, parts, recipe: dict, workers: int):
             raise UserError(f"the text gives {corpus.counts['train']:,} tokens to train on and {corpus.counts['val']:,} "
                             "to validate: add text or change --val_fraction")
     print(f"{corpus.counts['train']:,} tokens to train on, {corpus.counts['val']:,} to validate, {tokenizer.vocab_size:,} ids; "
-          f"train with: python train.py --dataset={Path(folder).name}")
+          f"train.py takes it as --dataset={Path(folder).name}")
 
 
 class Progress:

@@ -87,9 +87,9 @@ def test_a_document_of_many_pieces_is_whole(call, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "FOLDER", tmp_path)
     monkeypatch.setattr(tokenizing, "PIECE", 1 << 16)
     for suffix in ("txt", "jsonl"):
-        arguments = [f"--input={tmp_path}/*.{suffix}", "--name=out", "--tokenizer=bytes", "--val_fraction=0.4"]
+        arguments = [f"--input={tmp_path}/*.{suffix}", f"--name={suffix}", "--tokenizer=bytes", "--val_fraction=0.4"]
         assert call(prepare.main, *arguments)[0] == 0
-        assert corpus_bytes(tmp_path / "out") == expected(documents, 0.4)
+        assert corpus_bytes(tmp_path / suffix) == expected(documents, 0.4)
 
 
 # what a user does, but saving its place all the time, and slowly enough to be stopped
@@ -149,9 +149,6 @@ def test_what_is_stopped_goes_on(call, tmp_path, monkeypatch, script, how):
     documents = some_documents(6_000)
     write_input(tmp_path, documents)
     folder = tmp_path / "out"
-    with CorpusWriter(folder, BYTES, source="what was there before") as corpus:
-        corpus.write("train", [1, 2]), corpus.write("val", [3])
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     inputs = [f"--input={tmp_path}/*.jsonl.gz"] if script == "openwebtext" else [f"{tmp_path}/a.txt", f"{tmp_path}/b.txt"]
     arguments = [*inputs, "--name=out", "--tokenizer=bytes", "--val_fraction=0.1", "--workers=2"]
     unfinished, pick = folder / ".unfinished.tmp", random.Random()
@@ -173,7 +170,7 @@ def test_what_is_stopped_goes_on(call, tmp_path, monkeypatch, script, how):
             assert "the same command goes on from there" in out and err.count("\n") == (signal_sent != signal.SIGINT)
         if not signal_sent:
             assert err.startswith("prepare.py: a process that tokenizes has died")
-        assert {name: (folder / name).read_bytes() for name in before} == before
+        assert not [path.name for path in folder.iterdir() if not path.name.startswith(".")], "nothing that looks whole"
     process = start(script, tmp_path, *arguments, pause=0)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "") and "going on from where an earlier run stopped" in out
@@ -183,8 +180,8 @@ def test_what_is_stopped_goes_on(call, tmp_path, monkeypatch, script, how):
     else:
         assert texts["train"] + texts["val"] == "".join(text + "\0" for text in documents if text).encode()
         monkeypatch.setattr(prepare_text, "FOLDER", tmp_path)
-        assert call(prepare_text.main, *arguments)[0] == 0  # this time undisturbed
-        assert texts == corpus_bytes(folder)
+        assert call(prepare_text.main, *arguments, "--name=undisturbed")[0] == 0
+        assert texts == corpus_bytes(tmp_path / "undisturbed")
 
 
 def test_files_go_on_from_every_place(tmp_path, monkeypatch):
@@ -242,10 +239,27 @@ def test_a_writer_goes_on_from_what_was_saved(tmp_path, capsys):
     (tmp_path / "meta.json").unlink()
     os.replace(tmp_path / ".train.bin.tmp", tmp_path / "train.bin")
     assert finish(tmp_path, {"x": 1}) == ("here", [1, 2, 3, 5], [4, 6])
-    capsys.readouterr()
     stopped(tmp_path, {"x": 1, "y": 2})
-    assert finish(tmp_path, {"x": 2, "y": 2}) == (None, [5], [6])
-    assert "starting over" in (out := capsys.readouterr().out) and "another x\n" in out
+    with pytest.raises(UserError, match="another x: pass another --name"):
+        finish(tmp_path, {"x": 2, "y": 2})
+    assert finish(tmp_path, {"x": 1, "y": 2}) == ("here", [1, 2, 3, 5], [4, 6]), "and nothing was lost"
+
+
+def test_a_complete_corpus_is_neither_made_again_nor_replaced(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_text, "FOLDER", tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} text of some lines\n" * 50)
+    assert call(prepare_text.main, tmp_path / "a.txt")[0] == 0
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "mytext").iterdir()}
+    for arguments, code, message in (((), 0, "is complete"), (("--val_fraction=0.5",), 2, "another val_fraction: pass"),
+                                     (("--tokenizer=char",), 2, "another tokenizer: pass")):
+        found, out, err = call(prepare_text.main, tmp_path / "a.txt", *arguments)
+        assert found == code and message in out + err
+    assert "another input: pass" in call(prepare_text.main, tmp_path / "b.txt")[2]
+    assert before == {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "mytext").iterdir()}
+    (tmp_path / "mytext" / "train.bin").write_bytes(b"damaged")
+    code, out, _ = call(prepare_text.main, tmp_path / "a.txt")
+    assert code == 0 and "starting over" in out and (tmp_path / "mytext" / "train.bin").read_bytes() == before["train.bin"][0]
 
 
 def test_damaged_work_is_started_over(tmp_path, capsys):

@@ -21,7 +21,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from config import UserError, parse, run
-from data import FOLDER, Tokenizer
+from data import FOLDER, Tokenizer, is_complete
 from data.tokenizing import Files, check, fingerprint, pieces, plan, write_corpus
 
 HUB = "Skylion007/openwebtext"  # served as 80 parquet files
@@ -150,9 +150,12 @@ def main():
     else:
         source, text, what = Hub(), TEXT, "OpenWebText: 24 GB to download, and not kept; 39.8 GB of text"
     folder = FOLDER / config.name
+    recipe = source.recipe | {"tokenizer": config.tokenizer, "val_fraction": config.val_fraction}
+    if is_complete(folder, recipe):
+        return
     workers = plan(folder, config.tokenizer, text, config.workers, what)
     parts = by_hash(source, config.val_fraction)
-    write_corpus(folder, Tokenizer({"kind": config.tokenizer}), source, parts, {"val_fraction": config.val_fraction}, workers)
+    write_corpus(folder, Tokenizer({"kind": config.tokenizer}), source, parts, recipe, workers)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Your own text files as a corpus.
 
     python data/text/prepare.py FILE... --name=mytext --tokenizer=bytes|char|gpt2 --val_fraction=0.1
-    python train.py --dataset=mytext
+    python train.py config/quickstart.py --dataset=mytext --out_dir=out/mytext
 
 Files are read in the order given, as UTF-8 (bytes: as they are). A line <|endoftext|> ends a document, and so does the
 end of a file. The last val_fraction of the whole text becomes val. Everything streams: memory stays flat on files of
@@ -15,7 +15,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from config import UserError, parse, run
-from data import FOLDER, Tokenizer, utf8
+from data import FOLDER, Tokenizer, is_complete, utf8
 from data.tokenizing import Files, check, pieces, plan, write_corpus
 
 
@@ -70,10 +70,13 @@ def main():
         if not Path(path).is_file():
             raise UserError(f"no file {path!r}")
     source, folder = Files(files), FOLDER / config.name
+    recipe = source.recipe | {"tokenizer": config.tokenizer, "val_fraction": config.val_fraction}
+    if is_complete(folder, recipe):
+        return
     workers = plan(folder, config.tokenizer, source.total, config.workers, f"{len(files)} files, {source.total / 1e6:,.1f} MB")
     spec = {"kind": config.tokenizer} | ({"chars": alphabet(files)} if config.tokenizer == "char" else {})
     parts = in_order(source, int((1 - config.val_fraction) * source.total))
-    write_corpus(folder, Tokenizer(spec), source, parts, {"val_fraction": config.val_fraction}, workers)
+    write_corpus(folder, Tokenizer(spec), source, parts, recipe, workers)
 
 
 if __name__ == "__main__":
