@@ -21,7 +21,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from config import UserError, make, out_of_memory
 from data import Corpus, atomic_write
@@ -96,6 +102,32 @@ def load_model(checkpoint: dict, device, dtype=torch.float32) -> GPT:
     return model.eval()
 
 
+def put_back(checkpoint: dict, path, model: GPT, optimizers=()):
+    """What `save_checkpoint` took into a model that is to be trained, and its optimizers. `path` is for the error."""
+    options = StateDictOptions(full_state_dict=True)
+    try:
+        if missing := dict(model.named_parameters()).keys() - checkpoint["model"].keys():  # which torch does not report
+            raise KeyError(f"it lacks {', '.join(sorted(missing))}")
+        set_model_state_dict(model, checkpoint["model"], options=options)
+        if optimizers:
+            set_optimizer_state_dict(model, optimizers, checkpoint["optimizer"], options=options)
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(f"{path} does not fit the model: {str(error).splitlines()[-1].strip()}") from None
+
+
+def find_init(config, corpus: Corpus) -> dict:
+    """The checkpoint init_from, if its model is config's. Context and dropout may be others: no weight depends on them."""
+    checkpoint = load_checkpoint(Path(config.init_from))
+    differ = differences(checkpoint["config"], config, {f.name for f in fields(GPTConfig)} - {"block_size", "dropout"})
+    if checkpoint["tokenizer"] != corpus.tokenizer:
+        differ.append("it has another tokenizer")
+    if differ:
+        raise UserError(f"init_from={config.init_from} is of another model: {'; '.join(differ)}")
+    return checkpoint
+
+
 def find_checkpoint(config, corpus: Corpus) -> dict | None:
     """The checkpoint to go on from, None for a fresh start; what an earlier run left is then moved aside."""
     out_dir = Path(config.out_dir)
@@ -126,17 +158,21 @@ def find_checkpoint(config, corpus: Corpus) -> dict | None:
 
 def same_run(checkpoint: dict, config, corpus: Corpus):
     """A UserError that names what differs, if the checkpoint is of another run than config's."""
-    saved, now = checkpoint["config"], asdict(config)
     # cosine and linear end at max_steps: another end is another schedule
     free = FREE_TO_CHANGE | ({"max_steps"} if config.lr_schedule == "constant" else set())
-    defaults = {f.name: f.default for f in fields(config)}
-    differ = [f"{name} was {saved.get(name, defaults[name])!r}, is {now[name]!r}"
-              for name in now if name not in free and saved.get(name, defaults[name]) != now[name]]
+    differ = differences(checkpoint["config"], config, {f.name for f in fields(config)} - free)
     if checkpoint["corpus_sha256"] != corpus.sha256 and not differ:
         differ = [f"the files of {corpus.folder} have changed"]
     if differ:
         raise UserError(f"{config.out_dir}/ckpt.pt is of another run: {'; '.join(differ)}. Use those values, another --out_dir, "
                         "or --resume=no to start over")
+
+
+def differences(saved: dict, config, names: set) -> list[str]:
+    """In words, which of the options `names` are others in config than in a checkpoint's; an option that is younger than the
+    checkpoint had its default."""
+    return [f"{f.name} was {saved.get(f.name, f.default)!r}, is {getattr(config, f.name)!r}" for f in fields(config)
+            if f.name in names and saved.get(f.name, f.default) != getattr(config, f.name)]
 
 
 def start_log(path: Path, step: int, header: dict):

@@ -25,12 +25,11 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, start_log
-from config import UserError, for_user, out_of_memory, parse, run
+from checkpoint import find_checkpoint, find_init, load_checkpoint, put_back, save_checkpoint, start_log
+from config import UserError, for_user, parse, run
 from data import FOLDER, Corpus, Tokenizer, TrainBatches, lock, val_starts
 from estimate import estimate_flops, peak_flops, print_dry_run
 from model import GPT, GPTConfig
@@ -41,6 +40,7 @@ class TrainConfig(GPTConfig):
     # what and where
     out_dir: str = "out/run"  # checkpoints and log.jsonl go here
     dataset: str = "pystdlib"  # a folder in data/, or the absolute path of another
+    init_from: str = ""  # a checkpoint to take the initial weights from, such as out/x/best.pt; empty: random ones
     seed: int = 1  # of the initial weights, the order of the data and dropout
     resume: Literal["auto", "yes", "no"] = "auto"  # go on if there is a checkpoint | there must be one | start over
     # optimization
@@ -191,18 +191,12 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
         checkpoint = checkpoint or load_checkpoint(out_dir / "ckpt.pt", verify=False)  # each process takes its part
         if checkpoint["run"]["step"] != step:
             raise UserError(f"{out_dir} is not the same folder for all processes: the nodes have to share it")
-        try:
-            if missing := dict(model.named_parameters()).keys() - checkpoint["model"].keys():  # which torch does not report
-                raise KeyError(f"it lacks {', '.join(sorted(missing))}")
-            set_state_dict(model, optimizers, model_state_dict=checkpoint["model"], optim_state_dict=checkpoint["optimizer"],
-                           options=StateDictOptions(full_state_dict=True))
-        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-            if out_of_memory(error):
-                raise
-            raise UserError(f"{out_dir / 'ckpt.pt'} does not fit the model: {str(error).splitlines()[-1].strip()}") from None
+        put_back(checkpoint, out_dir / "ckpt.pt", model, optimizers)
         if stands["scaler"]:  # of a run in float16
             scaler.load_state_dict(stands["scaler"])
-        del checkpoint
+    elif config.init_from:
+        put_back(find_init(config, corpus), config.init_from, model)
+    checkpoint = None  # its memory
     fast_model = model
     if compiled and config.fsdp:
         for block in model.blocks:  # between them FSDP gathers weights, which is not compiled

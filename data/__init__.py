@@ -242,7 +242,8 @@ def is_complete(folder: Path, recipe: dict) -> bool:
 def check_recipe(path: Path, found: dict, recipe: dict):
     """A UserError if the corpus that `path` belongs to was made by another recipe: it may be the work of hours."""
     if others := [name for name in recipe if found.get(name) != recipe[name]]:
-        raise UserError(f"{path.parent} has a corpus made with another {', '.join(others)}: pass another --name, or remove {path}")
+        raise UserError(f"{path.parent} has a corpus made with another {', '.join(others)}: pass another --name, or remove "
+                        f"{path}")
 
 
 def lock(folder):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from hashlib import sha256
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, options
@@ -18,7 +19,7 @@ import sample
 import train
 from checkpoint import load_checkpoint, load_model
 from config import UserError
-from data import Corpus, Tokenizer, lock
+from data import Corpus, CorpusWriter, Tokenizer, lock
 from model import GPT, GPTConfig
 from train import TrainConfig, evaluate, learning_rate, make_optimizers
 
@@ -149,6 +150,35 @@ def test_a_lost_log_begins_anew(call, corpus, tmp_path):
     code, out, _ = call(train.main, *arguments, f"--max_steps={TINY['max_steps'] + 2}")
     header, *lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert code == 0 and header["config"]["max_steps"] == TINY["max_steps"] + 2 and len(lines) == 2 and "and loss.png" in out
+
+
+def test_a_run_can_begin_with_the_weights_of_another(call, corpus, tmp_path):
+    arguments = options(TINY, dataset=corpus, kv_shift="none")
+    assert call(train.main, *arguments, f"--out_dir={tmp_path / 'first'}")[0] == 0
+    first = tmp_path / "first" / "ckpt.pt"
+    arguments += [f"--init_from={first}", f"--out_dir={tmp_path / 'second'}", "--learning_rate=1e-4", "--seed=2"]
+    assert call(train.main, *arguments, "--dropout=0.1")[0] == 0
+    ends, begins = (json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[line])["val_loss"]
+                    for name, line in (("first", -1), ("second", 1)))
+    assert ends == begins
+    code, _, err = call(train.main, *arguments, "--dropout=0.2")
+    assert code == 2 and "dropout was 0.1, is 0.2" in err
+    first.unlink()  # it was needed for the start alone
+    assert call(train.main, *arguments, "--dropout=0.1")[0] == 0
+    assert "no checkpoint" in call(train.main, *arguments, "--resume=no")[2]
+
+
+@pytest.mark.parametrize("other, message", [({"kv_shift": "kv"}, "kv_shift was 'none', is 'kv'"), ({"n_head": 1}, "n_head was 2"),
+                                            ({"dataset": "efgh"}, "another tokenizer"), ({"block_size": 8}, "")])
+def test_only_the_weights_of_the_same_model_are_taken(call, tmp_path, other, message):
+    for chars in ("abcd", "efgh"):
+        with CorpusWriter(tmp_path / chars, Tokenizer({"kind": "char", "chars": chars}), source="test") as writer:
+            writer.write("train", np.arange(600) % 4), writer.write("val", np.arange(600) % 4)
+    first = TINY | {"kv_shift": "none", "dataset": "abcd"}
+    for values in (first | {"out_dir": tmp_path / "first"},
+                   first | other | {"out_dir": tmp_path / "second", "init_from": tmp_path / "first" / "best.pt"}):
+        code, _, err = call(train.main, *options(values, dataset=tmp_path / values["dataset"]))
+    assert (code, err) == (0, "") if not message else code == 2 and message in err and err.count("\n") == 1
 
 
 def fail_at(function, n, error):
