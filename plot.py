@@ -224,8 +224,10 @@ def last(one: dict, key: str) -> float:
 
 def ends_table(groups: dict[str, list[dict]], x: str = "steps") -> str:
     """A row for each group: means and standard deviations over its runs, and how far it is from the first group (of the
-    same rate or size, where x is that), seed by seed, with the standard error."""
+    same rate or size, where x is that, and the rows are in its order), seed by seed, with the standard error."""
     rows = []
+    if x in OVER:
+        groups = dict(sorted(groups.items(), key=lambda item: item[1][0].get(x, item[1][0]["config"].get(x))))
     for label, runs in groups.items():
         steps = sorted({last(one, "step") for one in runs})
         best = [min(line["val_loss"] for line in one["lines"] if "val_loss" in line) for one in runs]

@@ -1,8 +1,8 @@
 """Trains a GPT with KV-shifting attention: on a CPU, a CUDA GPU or an Apple GPU, found by itself, or on many.
 
     python train.py config/quickstart.py --out_dir=out/mine --kv_shift=none
-    torchrun --nproc_per_node=8 train.py config/gpt2.py                       one process a GPU
-    torchrun --nproc_per_node=8 train.py config/paper_6.7b.py --fsdp=True     weights and optimizer shared out, too
+    torchrun --nproc_per_node=8 train.py config/gpt2.py            one process a GPU
+    torchrun --nproc_per_node=8 train.py config/paper_6.7b.py      too large for one: it sets fsdp
 
 The same command again goes on where a run was stopped, and says so where it is complete. Everything random at a step is
 a function of (seed, step, rank), so that a run that was stopped, killed or moved ends as one that was not.

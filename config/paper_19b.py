@@ -1,6 +1,6 @@
 # The paper's 19B model: 200B tokens, 3.1M a step. The paper's data and its tokenizer (48,000 ids) are not public:
 # OpenWebText (9B tokens, so 22 times over; other documents: data/openwebtext/prepare.py --input) and GPT-2's BPE stand in.
-# For 64 80 GB GPUs or more, with --fsdp and --recompute; add --dry_run=True to see memory and days.
+# For 64 80 GB GPUs or more, which share out the weights; add --dry_run=True to see memory and days.
 #   torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/paper_19b.py
 out_dir = "out/paper_19b"
 dataset = "openwebtext"

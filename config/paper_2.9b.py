@@ -1,6 +1,6 @@
 # The paper's 2.9B model: 500B tokens, 16.8M a step. The paper's data and its tokenizer (48,000 ids) are not public:
 # OpenWebText (9B tokens, so 55 times over; other documents: data/openwebtext/prepare.py --input) and GPT-2's BPE stand in.
-# For eight 80 GB GPUs or more, with --fsdp; add --dry_run=True to see memory and days.
+# For eight 80 GB GPUs or more, which share out the weights; add --dry_run=True to see memory and days.
 #   torchrun --nproc_per_node=8 train.py config/paper_2.9b.py
 out_dir = "out/paper_2.9b"
 dataset = "openwebtext"

@@ -1,6 +1,6 @@
 # The paper's 6.7B model: 10B tokens, 1.0M a step. The paper's data and its tokenizer (36,000 ids) are not public:
 # OpenWebText and GPT-2's BPE stand in.
-# For eight 80 GB GPUs or more, with --fsdp; add --dry_run=True to see memory and days.
+# For eight 80 GB GPUs or more, which share out the weights; add --dry_run=True to see memory and days.
 #   torchrun --nproc_per_node=8 train.py config/paper_6.7b.py
 out_dir = "out/paper_6.7b"
 dataset = "openwebtext"
