@@ -102,8 +102,8 @@ def load_model(checkpoint: dict, device, dtype=torch.float32) -> GPT:
     return model.eval()
 
 
-def put_back(checkpoint: dict, path, model: GPT, optimizers=()):
-    """What `save_checkpoint` took into a model that is to be trained, and its optimizers. `path` is for the error."""
+def restore(checkpoint: dict, path, model: GPT, optimizers=()):
+    """Gives a model that is to be trained, and its optimizers, what `save_checkpoint` took. `path` is for the error."""
     options = StateDictOptions(full_state_dict=True)
     try:
         if missing := dict(model.named_parameters()).keys() - checkpoint["model"].keys():  # which torch does not report

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import find_checkpoint, find_init, load_checkpoint, put_back, save_checkpoint, start_log
+from checkpoint import find_checkpoint, find_init, load_checkpoint, restore, save_checkpoint, start_log
 from config import UserError, for_user, parse, run
 from data import FOLDER, Corpus, Tokenizer, TrainBatches, lock, val_starts
 from estimate import estimate_flops, peak_flops, print_dry_run
@@ -191,11 +191,11 @@ def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
         checkpoint = checkpoint or load_checkpoint(out_dir / "ckpt.pt", verify=False)  # each process takes its part
         if checkpoint["run"]["step"] != step:
             raise UserError(f"{out_dir} is not the same folder for all processes: the nodes have to share it")
-        put_back(checkpoint, out_dir / "ckpt.pt", model, optimizers)
+        restore(checkpoint, out_dir / "ckpt.pt", model, optimizers)
         if stands["scaler"]:  # of a run in float16
             scaler.load_state_dict(stands["scaler"])
     elif config.init_from:
-        put_back(find_init(config, corpus), config.init_from, model)
+        restore(find_init(config, corpus), config.init_from, model)
     checkpoint = None  # its memory
     fast_model = model
     if compiled and config.fsdp:
