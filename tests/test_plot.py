@@ -117,14 +117,15 @@ def test_every_axis_can_be_drawn(call, tmp_path, x):
     folders.append(write_log(tmp_path / "begun", [4.0], kv_shift="k"))
     code, out, _ = call(plot.main, *folders, f"--x={x}", f"--out={tmp_path}/a.png")
     assert code == 0 and imread(tmp_path / "a.png").std() > 0.01
-    # over rates a group is compared with the first of its own rate, else with the first of all
-    assert [row[-1] for row in cells(out)[2:]] == ["", *(["", "-0.5000", "-0.5000"] if x != "seconds" else
-                                                         ["+0.9000", "-0.5000", "+0.4000"]), ""]
+    # over rates the rows are in their order, and a group is compared with the first of its own rate, else with the first of all
+    assert [row[-1] for row in cells(out)[2:]] == {"seconds": ["", "+0.9000", "-0.5000", "+0.4000", ""],
+                                                   "learning_rate": ["", "-0.5000", "", "", "-0.5000"],
+                                                   "parameters": ["", "", "-0.5000", "-0.5000", ""]}[x]
 
 
 def test_sizes_are_fitted_with_a_power_law(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plot, "save", lambda figure, out: drawn.append(figure))
+    monkeypatch.setattr(plot, "save_figure", lambda figure, out: drawn.append(figure))
     folders = []
     for n_embd in (96, 384, 1536):
         parameters = 10_000_000 - 64 * n_embd
