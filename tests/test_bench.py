@@ -63,7 +63,14 @@ def test_the_table_has_medians_and_ratios_round_by_round(capsys):
 
 
 def test_mistakes_are_one_line(call, tmp_path):
-    for option, message in ((f"--nanogpt={tmp_path}", "must be a folder with karpathy/nanoGPT"), ("--rounds=0", "at least 1"),
-                            ("--decode_tokens=31", "block_size - 16 = 16"), ("--round=1", "did you mean --rounds")):
-        code, _, err = call(bench.main, *TINY, option)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "model.py").write_text("raise AssertionError('not to be run')")
+    for wrong, message in (([f"--nanogpt={tmp_path}"], "must be a folder with karpathy/nanoGPT"), (["--rounds=0"], "at least 1"),
+                           (["--decode_tokens=31"], "block_size - 16 = 16"), (["--round=1"], "did you mean --rounds"),
+                           ([f"--nanogpt={tmp_path / 'there'}", "--optimizer=muon"], "pass --optimizer=adamw")):
+        code, _, err = call(bench.main, *TINY, *wrong)
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_as_many_tokens_are_decoded_as_fit():
+    assert [bench.BenchConfig(block_size=n).decode_tokens for n in (64, 256)] == [48, 100]

@@ -8,7 +8,7 @@ from conftest import ROOT, defaults
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config import UserError, help_text, parse
+from config import UserError, help_text, parse, run
 from sample import SampleConfig
 from train import TrainConfig
 
@@ -104,3 +104,9 @@ def test_every_comparison_is_a_corpus_and_a_variant():
         for name, path in presets.items():
             same = parse(TrainConfig, [base, path]) == parse(TrainConfig, [base])
             assert same == (name in ("kv", "size_0.8m")), name  # these two are what the others are compared with
+
+
+def test_what_needs_too_much_memory_ends_with_advice(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: bytearray(1 << 62), less_memory="Lower --batch_size")
+    assert stop.value.code == 2 and capsys.readouterr().err.endswith(": out of memory. Lower --batch_size\n")

@@ -247,7 +247,7 @@ def test_val_is_never_empty_where_there_is_one_line(call, tmp_path, monkeypatch)
     ([], "name the text files"), (["nowhere.txt"], "no file 'nowhere.txt'"), (["{latin1}", "--tokenizer=char"], "not UTF-8"),
     (["{empty}"], "add text"), (["{text}", "--name=pystdlib"], "plain name"), (["{text}", "--name=../x"], "plain name"),
     (["{text}", "--val_fraction=1"], "between 0 and 1"), (["{text}", "--tokenizer=gpt3"], "bytes | char | gpt2"),
-    (["{text}", "--tokeniser=char"], "did you mean --tokenizer"),
+    (["{text}", "--name=.."], "plain name"), (["{text}", "--tokeniser=char"], "did you mean --tokenizer"),
 ])
 def test_mistakes_in_preparing_a_text_are_one_line(call, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr(prepare_text, "FOLDER", ROOT / "data" if "--name=pystdlib" in arguments else tmp_path)
