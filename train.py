@@ -1,14 +1,13 @@
-"""Trains a GPT with KV-shifting attention: on a CPU, a CUDA GPU or an Apple GPU, found by itself, or on many.
+"""Trains a GPT with or without KV-shifting attention, on a CPU, an Apple GPU or CUDA GPUs.
 
-    python train.py config/quickstart.py --out_dir=out/mine --kv_shift=none
-    torchrun --nproc_per_node=8 train.py config/gpt2.py            one process a GPU
-    torchrun --nproc_per_node=8 train.py config/paper_6.7b.py      too large for one: it sets fsdp
+    python train.py config/quickstart.py --kv_shift=none --out_dir=out/vanilla
+    torchrun --nproc_per_node=8 train.py config/gpt2.py          # DDP, one process per GPU
+    torchrun --nproc_per_node=8 train.py config/paper_6.7b.py    # FSDP, the model is sharded
 
-The same command again goes on where a run was stopped, and says so where it is complete. Everything random at a step is
-a function of (seed, step, rank), so that a run that was stopped, killed or moved ends as one that was not.
+Rerun the same command to resume. The batch, the dropout and the learning rate of a step depend only
+on (seed, step), so a run that was stopped or killed ends with the same weights as one that was not.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -18,531 +17,503 @@ import subprocess
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
+
+from checkpoint import (
+    RunState,
+    load_checkpoint,
+    load_resumable,
+    move_aside,
+    restore,
+    save_checkpoint,
+    start_log,
+)
+from config import UserError, parse, run
+from data import FOLDER, Corpus, TrainBatches, lock, val_starts
+from data.tokenizing import Tokenizer
+from model import GPT, GPTConfig
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-
-from checkpoint import find_checkpoint, find_init, load_checkpoint, restore, save_checkpoint, start_log
-from config import UserError, for_user, parse, run
-from data import FOLDER, Corpus, Tokenizer, TrainBatches, lock, val_starts
-from estimate import estimate_flops, peak_flops, print_dry_run
-from model import GPT, GPTConfig
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 
 @dataclass
 class TrainConfig(GPTConfig):
-    # what and where
-    out_dir: str = "out/run"  # checkpoints and log.jsonl go here
-    dataset: str = "pystdlib"  # a folder in data/, or the absolute path of another
-    init_from: str = ""  # a checkpoint to take the initial weights from, such as out/x/best.pt; empty: random ones
-    seed: int = 1  # of the initial weights, the order of the data and dropout
-    resume: Literal["auto", "yes", "no"] = "auto"  # go on if there is a checkpoint | there must be one | start over
+    # input and output
+    out_dir: str = "out/run"  # folder of checkpoints and log.jsonl
+    dataset: str = "pystdlib"  # a folder in data/, or the absolute path of another corpus
+    init_from: str = ""  # checkpoint to take the initial weights from, such as out/x/best.pt
+    seed: int = 1  # of the initial weights, the batches and dropout
+    resume: Literal["auto", "yes", "no"] = "auto"  # if there is a checkpoint | always | start over
     # optimization
-    batch_size: int = 32  # sequences a step, over all micro-batches and processes
-    micro_batch_size: int = 0  # sequences a forward pass of one process, gradients being added up; 0: all of its share
+    batch_size: int = 32  # sequences per step, over all micro-batches and processes
+    micro_batch_size: int | None = None  # sequences per forward pass and process; None: all
     max_steps: int = 2000  # optimizer steps
-    learning_rate: float = 1e-3  # the highest, after warm-up
-    min_lr: float = 1e-4  # where cosine and linear end
-    warmup_steps: int = 100  # the learning rate rises from zero
+    learning_rate: float = 1e-3  # peak learning rate
+    min_lr: float = 1e-4  # final learning rate of cosine and linear
+    warmup_steps: int = 100  # steps of linear warm-up
     lr_schedule: Literal["cosine", "constant", "linear"] = "cosine"  # after warm-up
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest
-    weight_decay: float = 0.1  # on matrices; embeddings, norms and the shift's scalars have none
-    beta1: float = 0.9  # AdamW's mean of gradients
-    beta2: float = 0.95  # AdamW's mean of squared gradients
-    grad_clip: float = 1.0  # highest norm of all gradients together; 0: no clipping
-    # looking at it
-    log_every: int = 10  # steps between lines on the console and in log.jsonl
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks
+    weight_decay: float = 0.1  # on matrices, except embeddings and shifts
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.95  # of AdamW
+    grad_clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
+    # logging and evaluation
+    log_every: int = 10  # steps between lines of the log
     eval_every: int = 250  # steps between evaluations
-    eval_tokens: int = 262_144  # tokens of val.bin to evaluate on, from its start; 0: all
-    eval_induction: bool = False  # evaluate on random tokens that come twice, too: val_random, val_induction in log.jsonl
+    eval_tokens: int = 262_144  # tokens of the val split to evaluate on, from its start; 0: all
+    eval_induction: bool = False  # also evaluate on random tokens and their repetition
     checkpoint_every: int = 250  # steps between checkpoints
-    # machine
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: bfloat16 where CUDA has it
+    wandb_project: str = ""  # also log to this project of Weights & Biases (pip install wandb)
+    # hardware
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best available
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: by device
     compile: bool | None = None  # torch.compile; None: on CUDA only
-    fsdp: bool = False  # share weights, gradients and optimizer out over the processes, for models that a GPU can't hold
-    recompute: bool = False  # keep no activations inside a block: less memory, a third more arithmetic
-    dry_run: bool = False  # print parameters, FLOPs, memory and days, and stop
-    dry_run_mfu: float = 0.4  # share of an H100's peak that the dry run counts on
+    fsdp: bool = False  # shard weights, gradients and optimizer states over the processes
+    recompute: bool = False  # activation checkpointing: less memory, a third more computation
+    timeout: int = 600  # seconds to wait for another process before giving up
 
     def __post_init__(self):
         super().__post_init__()
-        for f in fields(self):
-            if isinstance(getattr(self, f.name), int) and getattr(self, f.name) >= 2**32:
-                raise ValueError(f"{f.name}={getattr(self, f.name)} must be below 2^32")
-        for name in ("batch_size", "log_every", "eval_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("seed", "max_steps", "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "eval_tokens",
-                     "micro_batch_size"):
-            if not 0 <= getattr(self, name) < 2**32:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 2^32")
-        if self.max_steps < 1 or not self.out_dir:
-            raise ValueError(f"max_steps={self.max_steps} must be at least 1, and out_dir={self.out_dir!r} not empty")
+        for name, least in {"batch_size": 1, "max_steps": 1, "log_every": 1, "eval_every": 1,
+                            "checkpoint_every": 1, "timeout": 1, "seed": 0, "learning_rate": 0,
+                            "min_lr": 0, "warmup_steps": 0, "weight_decay": 0, "grad_clip": 0,
+                            "eval_tokens": 0, "beta1": 0, "beta2": 0}.items():
+            limit = 1 if name.startswith("beta") else 2**32
+            if not least <= getattr(self, name) < limit:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [{least}, {limit})")
+        if self.fsdp and self.optimizer == "muon":
+            raise ValueError("optimizer=muon needs whole matrices, which fsdp=True shards")
         if self.eval_induction and self.block_size < 4:
-            raise ValueError(f"eval_induction=True needs block_size={self.block_size} to be at least 4")
-        if self.min_lr > self.learning_rate and self.lr_schedule != "constant":
-            raise ValueError(f"min_lr={self.min_lr} must not be above learning_rate={self.learning_rate}")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise ValueError(f"beta1={self.beta1} and beta2={self.beta2} must be at least 0 and below 1")
-        if not 0 < self.dry_run_mfu <= 1:
-            raise ValueError(f"dry_run_mfu={self.dry_run_mfu} must be above 0 and at most 1")
+            raise ValueError("eval_induction=True needs block_size of at least 4")
 
 
 def main():
-    config = parse(TrainConfig, sys.argv[1:])
-    if config.dry_run:
-        if not config.vocab_size:
-            prepare_corpus(config.dataset)
-            config.vocab_size = Corpus(FOLDER / config.dataset).vocab_size
-        return print_dry_run(config)
-    try:
-        with contextlib.ExitStack() as cleanup:
-            code = train(config, cleanup)
-    except Exception as error:
-        error = for_user(error, "Lower --micro_batch_size, or pass --recompute=True or --fsdp=True")
-        if not dist.is_initialized():
-            raise error
-        code = 2 if isinstance(error, (UserError, OSError)) else 1
-        print(f"train.py: {error}" if code == 2 else traceback.format_exc(), file=sys.stderr)
-    if dist.is_initialized():  # taking a process group down can hang, above all where it has lost a process: just leave
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    config = parse(TrainConfig)
+    if "RANK" not in os.environ:
+        sys.exit(train(config))
+    try:  # started by torchrun
+        code = train(config)
+    except (UserError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        code = 2
+    except RuntimeError as error:
+        code = 1
+        if "/gloo/" in str(error) or isinstance(error, dist.DistBackendError):
+            print(f"train.py: lost another process of this run: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+    except Exception:
+        code = 1
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(code)  # destroying a process group that has lost a process can hang
 
 
-def train(config: TrainConfig, cleanup: contextlib.ExitStack) -> int:
-    """The whole of it; returns the exit code, 0 or 128 + the signal that stopped it. `cleanup` closes what is open."""
-    # --- processes and devices: torchrun starts the processes and tells each its place
+def train(config: TrainConfig) -> int:
+    """Trains a model. Returns the exit code: 0, or 128 + the signal that stopped the run."""
+    # --- processes and devices; torchrun sets RANK, WORLD_SIZE and LOCAL_RANK
     distributed = "RANK" in os.environ
-    rank, world_size, local_rank = (int(os.environ[key]) if distributed else default
-                                    for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    on_gpus = distributed and config.device in ("auto", "cuda") and torch.cuda.is_available()
-    device, dtype = choose_device(f"cuda:{local_rank}" if on_gpus else config.device, config.dtype)
-    share = config.batch_size // world_size
-    config.micro_batch_size = config.micro_batch_size or share
-    if share < 1 or config.batch_size % (world_size * config.micro_batch_size):
-        raise UserError(f"batch_size={config.batch_size} must be divisible by micro_batch_size={config.micro_batch_size} "
-                        f"times {world_size} processes")
-    if config.fsdp and not (distributed and dtype in (torch.float32, torch.bfloat16)):
-        raise UserError("fsdp=True needs torchrun (torchrun --nproc_per_node=8 train.py ...) and float32 or bfloat16")
-    if config.fsdp and config.optimizer == "muon":
-        raise UserError("optimizer=muon needs whole matrices, which fsdp=True shares out: choose one of them")
-    if config.optimizer == "muon" and dtype == torch.float16:  # where one optimizer skips a step, the other would not
-        raise UserError("optimizer=muon can't be trained in float16: pass --dtype=bfloat16 or float32, or --optimizer=adamw")
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, dtype = choose_device(config.device, config.dtype)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
     if distributed:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    compiled = device.type == "cuda" if config.compile is None else config.compile
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what is not in lower precision anyway
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
+    elif config.fsdp:
+        raise UserError("fsdp=True needs several processes: torchrun --nproc_per_node=N train.py")
+    micro_batch_size = config.micro_batch_size or max(1, config.batch_size // world_size)
+    n_micro_batches, rest = divmod(config.batch_size, world_size * micro_batch_size)
+    if rest or not n_micro_batches:
+        raise UserError(f"batch_size={config.batch_size} must be a multiple of micro_batch_size="
+                        f"{micro_batch_size} times {world_size} processes")
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     # --- data
     if rank == 0:
         prepare_corpus(config.dataset)
-    from_rank_0(None)  # the others wait until it is there
+    from_rank_0(None)  # waits for the corpus
     corpus = Corpus(FOLDER / config.dataset)
-    if config.vocab_size and config.vocab_size < corpus.vocab_size:
-        raise UserError(f"vocab_size={config.vocab_size} is too small for the {corpus.vocab_size} ids of {corpus.folder}")
     config.vocab_size = config.vocab_size or corpus.vocab_size
+    if config.vocab_size < corpus.vocab_size:
+        raise UserError(f"vocab_size={config.vocab_size} is below the corpus's {corpus.vocab_size}")
     batches = TrainBatches(corpus, config.block_size, config.batch_size, config.seed)
-    val_starts(corpus, config.block_size, config.eval_tokens)  # too short a val.bin is an error now and not later
+    eval_sets = evaluation_sets(corpus, config)
 
-    # --- where the run stands; `step` is the number of steps done
+    # --- resume, or start a new run
     out_dir = Path(config.out_dir)
     checkpoint = None
     if rank == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
-        cleanup.callback(os.close, lock(out_dir))  # a second run in this folder is refused
-        checkpoint = find_checkpoint(config, corpus)
-    stands = from_rank_0(checkpoint and checkpoint["run"])
-    resumed_at = stands["step"] if stands else -1
-    stands = stands or {"step": 0, "seconds": 0.0, "best": math.inf, "best_step": 0, "figures": []}
-    step = stands["step"]
-    seconds = stands["seconds"]  # of training, without evaluating and saving
-    best, best_step = stands["best"], stands["best_step"]
-    figures = stands["figures"]  # (loss, gradient norm) of each step since the last line of the log
-    if resumed_at >= config.max_steps:
+        lock(out_dir)  # until this process ends: a second run in out_dir is refused
+        checkpoint = load_resumable(config, corpus)
+    resumed = from_rank_0(checkpoint and checkpoint["run"])
+    state = RunState(**(resumed or {}))
+    if state.step >= config.max_steps:
         if rank == 0:
-            print(f"{out_dir} is complete: step {step} of {config.max_steps}, best val loss {best:.4f} at step {best_step} "
-                  "(--resume=no starts over)")
+            print(f"{out_dir} is complete: step {state.step}, best val loss {state.best:.4f} at "
+                  f"step {state.best_step} (--resume=no starts over)")
         return 0
-
-    # --- model and optimizer
-    with torch.device("meta"):  # without memory, so that FSDP can give each process its shard alone
-        model = GPT(config)
-    if config.fsdp:
-        shard(model, device, dtype, world_size)
-    torch.manual_seed(config.seed)
-    model.materialize(device)
-    model.recompute = config.recompute
-    optimizers = make_optimizers(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    if resumed_at >= 0:
-        checkpoint = checkpoint or load_checkpoint(out_dir / "ckpt.pt", verify=False)  # each process takes its part
-        if checkpoint["run"]["step"] != step:
-            raise UserError(f"{out_dir} is not the same folder for all processes: the nodes have to share it")
-        restore(checkpoint, out_dir / "ckpt.pt", model, optimizers)
-        if stands["scaler"]:  # of a run in float16
-            scaler.load_state_dict(stands["scaler"])
+    if resumed:  # every process loads it, and keeps its part
+        checkpoint = checkpoint or load_checkpoint(out_dir / "ckpt.pt")
     elif config.init_from:
-        restore(find_init(config, corpus), config.init_from, model)
-    checkpoint = None  # its memory
-    fast_model = model
+        checkpoint = load_checkpoint(config.init_from)
+        if checkpoint["tokenizer"] != corpus.tokenizer:
+            raise UserError(f"{config.init_from} has another tokenizer than the corpus")
+    from_rank_0(None)  # all have read init_from, which may be in out_dir
+    if rank == 0 and not resumed:
+        move_aside(out_dir, ["ckpt.pt", "best.pt", "log.jsonl", "loss.png"])
+
+    # --- model and optimizers
+    torch.manual_seed(config.seed)
+    model = sharded_model(config, device, dtype) if config.fsdp else GPT(config).to(device)
+    optimizers = make_optimizers(model, config)
+    if checkpoint:
+        restore(checkpoint, model, optimizers if resumed else ())
+        checkpoint = None  # frees its memory
+    if config.recompute:
+        model.loss_options = torch.nn.LinearCrossEntropyOptions()
+        for block in model.blocks:
+            block.forward = partial(activation_checkpoint, block.forward, use_reentrant=False)
+    compiled = device.type == "cuda" if config.compile is None else config.compile
+    fast_model = torch.compile(model) if compiled and not config.fsdp else model
     if compiled and config.fsdp:
-        for block in model.blocks:  # between them FSDP gathers weights, which is not compiled
+        for block in model.blocks:  # FSDP gathers weights between the blocks, uncompiled
             block.compile()
-    elif compiled:
-        fast_model = torch.compile(model)
     train_model = fast_model
     if distributed and not config.fsdp:
-        train_model = DistributedDataParallel(fast_model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        train_model = DistributedDataParallel(fast_model, gradient_as_bucket_view=True)
 
-    # --- what is said, once
+    # --- log
     n_parameters = sum(p.numel() for p in model.parameters())
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     log = None
     if rank == 0:
-        if resumed_at >= 0:
-            print(f"going on from step {step} of {out_dir / 'ckpt.pt'}")
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-        header = {"config": asdict(config), "parameters": n_parameters, "device": device_name, "processes": world_size,
-                  "versions": versions, "corpus": {"tokens": corpus.tokens, "sha256": corpus.sha256},
-                  "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-        start_log(out_dir / "log.jsonl", step, header)
-        log = cleanup.enter_context(open(out_dir / "log.jsonl", "a"))
-        print(f"{n_parameters / 1e6:.2f}M parameters, kv_shift={config.kv_shift}, on {world_size} x {device_name} in {dtype}"
-              f"{', compiled' if compiled else ''}; {corpus.tokens['train'] / 1e6:,.1f}M tokens in {corpus.folder.name}, "
-              f"{config.batch_size * config.block_size:,} a step; checkpoints and log go to {out_dir}")
+        versions = {"python": platform.python_version(), "torch": torch.__version__,
+                    "numpy": np.__version__}
+        log = Log(out_dir / "log.jsonl", config, {
+            "step": state.step, "config": asdict(config), "parameters": n_parameters,
+            "device": device_name, "processes": world_size, "versions": versions,
+            "corpus": corpus.tokens, "started": time.strftime("%Y-%m-%d %H:%M:%S")})
+        print(f"resuming {out_dir} from step {state.step}\n" * bool(resumed) +
+              f"{n_parameters / 1e6:.2f}M parameters, kv_shift={config.kv_shift}, {world_size} x "
+              f"{device_name}, {dtype}{', compiled' if compiled else ''}, {corpus.folder.name}: "
+              f"{corpus.tokens['train'] / 1e6:,.1f}M tokens; output in {out_dir}", flush=True)
 
-    # --- the loop
-    stop = Stop()
-    pending = []  # (loss, gradient norm) of the latest steps, still on the device
-    batch = None
-    logged_step, logged_seconds = step, seconds
+    # --- training loop
+    received = catch_signals()
+    pending = []  # (loss, gradient norm) of the steps since the last line of the log, on the device
+    first_step, tokens_per_step = state.step, config.batch_size * config.block_size
     started = clock = time.perf_counter()
+    batch = batches(state.step, rank, world_size)
     while True:
-        stopped_by = agree(stop.signal)  # read once: a signal that comes while we evaluate or save waits for the next step
-        last = step == config.max_steps
-        new = step > resumed_at
-        log_now = new and step > 0 and (last or step % config.log_every == 0)
-        evaluate_now = new and (last or step % config.eval_every == 0)
-        save_now = new and step > 0 and (last or stopped_by or step % config.checkpoint_every == 0)
-        if log_now or evaluate_now or save_now:
-            figures += fetch_figures(pending, step, config, scaler.is_enabled())  # waits for the device
-            seconds += time.perf_counter() - clock
-            line = {"step": step}
-            if log_now:
-                tokens_per_s = (step - logged_step) * config.batch_size * config.block_size / (seconds - logged_seconds)
-                norm = figures[-1][1]
-                line |= {"loss": sum(loss for loss, _ in figures) / len(figures), "lr": learning_rate(step - 1, config),
-                         "grad_norm": norm if math.isfinite(norm) else None,  # JSON has no infinity
-                         "tokens": step * config.batch_size * config.block_size, "seconds": round(seconds, 3),
-                         "tokens_per_s": round(tokens_per_s)}
-                if peak := peak_flops(device_name):
-                    line["mfu"] = round(tokens_per_s * estimate_flops(config) / (peak * world_size), 4)
-                figures, logged_step, logged_seconds = [], step, seconds
+        stop_signal = agree(received[0] if received else 0)
+        last = state.step == config.max_steps
+        new = state.step > first_step
+        evaluate_now = (new or not resumed) and (last or state.step % config.eval_every == 0)
+        save_now = new and (last or stop_signal or state.step % config.checkpoint_every == 0)
+        if evaluate_now or save_now or new and state.step % config.log_every == 0:
+            line = {"step": state.step}
+            if pending:
+                losses, norm = fetch_losses(pending, state.step)  # waits for the device
+                seconds = time.perf_counter() - clock
+                state.seconds += seconds
+                line |= {"loss": sum(losses) / len(losses), "grad_norm": norm,
+                         "lr": learning_rate(state.step - 1, config),
+                         "tokens": state.step * tokens_per_step, "seconds": round(state.seconds, 3),
+                         "tokens_per_s": round(len(losses) * tokens_per_step / seconds)}
             if evaluate_now:
-                line["val_loss"] = evaluate(fast_model, corpus, config, device, autocast, rank, world_size)
-                if not math.isfinite(line["val_loss"]):
-                    raise UserError(f"the val loss is {line['val_loss']} after step {step}; checkpoints are left as they were. "
-                                    "Start over (--resume=no) with a lower --learning_rate")
-                if config.eval_induction:
-                    line |= evaluate_induction(fast_model, corpus, config, device, autocast)
-            improved = evaluate_now and line["val_loss"] < best
+                line |= evaluate(fast_model, eval_sets, micro_batch_size, device, autocast)
+            improved = evaluate_now and new and line["val_loss"] < state.best
             if improved or save_now:
-                check_weights(model, step, config)
+                check_weights(model, state.step)
             if improved:
-                best, best_step = line["val_loss"], step
-            run_state = {"step": step, "seconds": seconds, "best": best, "best_step": best_step, "figures": figures,
-                         "scaler": scaler.state_dict()}
-            if improved:
-                save_checkpoint(out_dir / "best.pt", model, None, config, corpus, run_state)
-            if rank == 0 and (log_now or evaluate_now):
-                seconds_left = (time.perf_counter() - started) / max(1, step - max(0, resumed_at)) * (config.max_steps - step)
-                print(console_line(line, config, seconds_left), flush=True)
-                print(json.dumps(line), file=log, flush=True)
+                state.best, state.best_step = line["val_loss"], state.step
+                save_checkpoint(out_dir / "best.pt", model, None, config, corpus, state)
+            if rank == 0:
+                per_step = (time.perf_counter() - started) / max(1, state.step - first_step)
+                log.write(line, seconds_left=per_step * (config.max_steps - state.step))
             if save_now:
-                if rank == 0:
-                    os.fsync(log.fileno())  # a power cut must not leave a checkpoint without its part of the log
-                save_checkpoint(out_dir / "ckpt.pt", model, optimizers, config, corpus, run_state)
+                save_checkpoint(out_dir / "ckpt.pt", model, optimizers, config, corpus, state)
             clock = time.perf_counter()
-        if last or stopped_by:
+        if last or stop_signal:
             break
 
         # one optimizer step
-        if batch is None:
-            batch = batches(step, rank, world_size)
-        torch.manual_seed(dropout_seed(config.seed, step, rank))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
-        micro_batches = torch.from_numpy(batch).split(config.micro_batch_size)
+        torch.manual_seed(hash((config.seed, state.step, rank)))  # of dropout
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = learning_rate(state.step, config)
         loss = torch.zeros((), device=device)
-        for i, tokens in enumerate(micro_batches, start=1):  # (micro_batch_size, block_size + 1)
-            if isinstance(train_model, DistributedDataParallel):
-                # The processes exchange gradients once a step, in the last backward pass. FSDP does in each: a process
-                # would otherwise have to hold the gradients of all weights, and not of its share alone.
-                train_model.require_backward_grad_sync = i == len(micro_batches)
-            tokens = tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
-            with autocast:
-                micro_loss = train_model(tokens[:, :-1], tokens[:, 1:]) / len(micro_batches)
-            scaler.scale(micro_loss).backward()
+        for i, tokens in enumerate(torch.from_numpy(batch).split(micro_batch_size)):
+            if isinstance(train_model, DistributedDataParallel):  # exchange gradients only once
+                train_model.require_backward_grad_sync = i == n_micro_batches - 1
+            if device.type == "cuda":
+                tokens = tokens.pin_memory()
+            tokens = tokens.to(device, non_blocking=True)  # (micro_batch_size, block_size + 1)
+            with autocast():
+                micro_loss = train_model(tokens[:, :-1], tokens[:, 1:]) / n_micro_batches
+            micro_loss.backward()
             loss += micro_loss.detach()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         for optimizer in optimizers:
-            scaler.step(optimizer)
-        scaler.update()
+            optimizer.step()
         model.zero_grad(set_to_none=True)
         pending.append(torch.stack([loss, norm.full_tensor() if config.fsdp else norm]))
-        step += 1
-        batch = batches(step, rank, world_size) if step < config.max_steps else None  # read while a GPU is still at work
+        state.step += 1
+        if state.step < config.max_steps:
+            batch = batches(state.step, rank, world_size)  # while a GPU is still computing
 
-    if rank == 0 and last:
-        print(f"\ndone: best val loss {best:.4f} at step {best_step}\n"
-              f"{out_dir} has best.pt (the model at that step), ckpt.pt (the latest) and log.jsonl (every figure above)")
-        try:
-            from plot import draw_curves  # here, as nothing else in training needs matplotlib
-
-            draw_curves([out_dir], out_dir / "loss.png")
-            print(f"and loss.png (its curves; python plot.py {out_dir} and other runs compares them)\n")
-        except Exception as error:  # the run has ended well, and everything that it made is saved
-            print(f"no picture of its curves: {type(error).__name__}: {error} (python plot.py {out_dir} tries again)\n")
-        if not config.fsdp:  # a shard alone says nothing
-            try:
-                print_sample(model, Tokenizer(corpus.tokenizer), device)
-            except UserError as error:  # the run has ended well, even where a tokenizer's files can't be had
-                print(f"no sample: {error}")
-        print(f"\nmore of it: python sample.py --out_dir={out_dir}")
-    elif rank == 0:
-        print(f"stopped by {stopped_by.name} after step {step}: the same command goes on from there")
-    return 0 if last else 128 + stopped_by
+    if not last:
+        if rank == 0:
+            name = signal.Signals(stop_signal).name
+            print(f"stopped by {name} after step {state.step}: rerun the same command to resume")
+        return 128 + stop_signal
+    if rank == 0:
+        print(f"done: best val loss {state.best:.4f} at step {state.best_step}; {out_dir} contains "
+              "best.pt (that model), ckpt.pt (the last one) and log.jsonl")
+        draw_losses(out_dir)
+        if not config.fsdp:  # a shard cannot generate text
+            print_samples(model, Tokenizer(corpus.tokenizer), device)
+    return 0
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype of those names, "auto" being the best there is."""
+    """The device and dtype with these names. "auto": the best device, and bfloat16 on CUDA."""
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = ("cuda" if torch.cuda.is_available() else
+                  "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(device)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("cpu, cuda and mps are known")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device={device} can't be used here: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device={device} is not available: {str(error).splitlines()[0]}") from None
     if dtype == "auto":
-        half = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-        dtype = half if device.type == "cuda" else "float32"
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if native else "float32"
     return device, getattr(torch, dtype)
 
 
 def from_rank_0(value):
-    """Process 0's value, in every process."""
+    """The value of process 0, in all processes."""
     values = [value]
     if dist.is_initialized():
-        with peers_are_there():
-            dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
-def agree(number: int | None) -> signal.Signals | None:
-    """The signal that any process has got, in all of them."""
-    numbers = torch.tensor(number or 0)
+def agree(signal_number: int) -> int:
+    """The signal number that any of the processes has received, 0 for none."""
+    number = torch.tensor(signal_number)
     if dist.is_initialized():
-        with peers_are_there():
-            dist.all_reduce(numbers, dist.ReduceOp.MAX)  # on the CPU: a GPU goes on meanwhile
-    return signal.Signals(numbers.item()) if numbers else None
-
-
-@contextlib.contextmanager
-def peers_are_there():
-    """Ends this process where another one is gone, which will have said why."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise UserError(f"another process of this run has stopped ({str(error).splitlines()[0]})") from None
+        dist.all_reduce(number, dist.ReduceOp.MAX)  # on the CPU, while a GPU computes
+    return number.item()
 
 
 def prepare_corpus(dataset: str):
-    """Prepares a missing corpus, if that takes no more than seconds."""
-    folder = FOLDER / dataset
-    if dataset in ("pystdlib", "shakespeare_char") and not (folder / "meta.json").exists():
-        print(f"preparing {folder}", flush=True)
-        if subprocess.run([sys.executable, folder / "prepare.py"]).returncode:
-            raise UserError(f"could not prepare {folder}")
-    if not folder.is_dir():
-        known = sorted(p.parent.name for p in FOLDER.glob("*/meta.json"))
-        raise UserError(f"no corpus {dataset!r} in data/ (prepared: {', '.join(known) or 'none'}); "
-                        "data/text/prepare.py makes one of your own text")
+    """Prepares the two small corpora unless they are complete."""
+    if dataset in ("pystdlib", "shakespeare_char"):
+        folder = FOLDER / dataset
+        try:
+            Corpus(folder)
+        except UserError:
+            print(f"preparing {folder}", flush=True)
+            if subprocess.run([sys.executable, folder / "prepare.py"]).returncode:
+                raise UserError(f"could not prepare {folder}") from None
 
 
-def shard(model: GPT, device: torch.device, dtype: torch.dtype, world_size: int):
-    """Shares the model's weights, gradients and optimizer out over the processes (FSDP2): each block's are gathered when
-    it is their turn. Weights stay in float32, and are gathered and multiplied in `dtype`; in bfloat16 so is what flows
-    between the blocks, which under autocast is float32."""
-    mesh = dist.device_mesh.init_device_mesh(device.type, (world_size,))
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
-    for part in (*model.blocks, model):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
+def sharded_model(config, device, dtype) -> GPT:
+    """A model whose weights, gradients and optimizer states are sharded over the processes (FSDP).
+    Weights are stored in float32; each block's are gathered in dtype when they are needed."""
+    whole = GPT(config).state_dict() if dist.get_rank() == 0 else {}
+    with torch.device("meta"):
+        model = GPT(config)
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype,
+                                  reduce_dtype=torch.float32)
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, whole, options=options)
+    return model
 
 
 def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon for the matrices of the blocks and AdamW for the rest. Weight decay is on matrices alone: not on
-    embeddings, norms and the shift's scalars. Muon's updates are made as large as AdamW's, so that a learning rate and a
-    weight decay mean the same for both (arXiv 2502.16982)."""
-    of_blocks, decayed, others = [], [], []
+    """AdamW, or Muon for the matrices of the blocks and AdamW for the rest. Weight decay applies to
+    matrices only: not to embeddings, norms and shifts. Muon's updates get the RMS of AdamW's, so
+    that both use the same learning rate (arXiv 2502.16982)."""
+    muon, decayed, others = [], [], []
     for name, p in model.named_parameters():
-        if p.ndim < 2 or name.startswith("embed") or ".shift." in name:
+        if p.ndim != 2 or ".shift." in name or name.startswith("embed"):
             others.append(p)
+        elif config.optimizer == "muon" and name.startswith("blocks"):
+            muon.append(p)
         else:
-            (of_blocks if name.startswith("blocks") and config.optimizer == "muon" else decayed).append(p)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]  # an empty one could not be saved
-    optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)]
-    if of_blocks:
-        optimizers.append(torch.optim.Muon(of_blocks, lr=config.learning_rate, weight_decay=config.weight_decay,
+            decayed.append(p)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay},
+              {"params": others, "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW([group for group in groups if group["params"]], fused=True,
+                                    lr=config.learning_rate, betas=(config.beta1, config.beta2))]
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, lr=config.learning_rate,
+                                           weight_decay=config.weight_decay,
                                            adjust_lr_fn="match_rms_adamw"))
     return optimizers
-
-
-def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """A seed of its own for each step and process, so that no generator's state needs saving."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
     """The learning rate of step 0, 1, ..."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    share = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[config.lr_schedule]
-    return config.min_lr + share * (config.learning_rate - config.min_lr)
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    factor = {"constant": 1.0, "linear": 1.0 - progress,
+              "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[config.lr_schedule]
+    return config.min_lr + factor * (config.learning_rate - config.min_lr)
 
 
-@torch.no_grad()
-def evaluate(model, corpus: Corpus, config: TrainConfig, device, autocast, rank: int = 0, world_size: int = 1) -> float:
-    """Mean loss in nats over the fixed windows of val.bin, the same for every run, batch size and number of processes."""
-    starts = val_starts(corpus, config.block_size, config.eval_tokens)
-    model.eval()
-    total = torch.zeros((), device=device)
-    B = config.micro_batch_size
-    for i in range(rank * B, -(-len(starts) // (B * world_size)) * B * world_size, B * world_size):
-        # all processes do as many forward passes, all of one shape: where windows run out, rows that do not count (-1)
-        tokens = torch.full((B, config.block_size + 1), -1)
-        windows = corpus.windows("val", starts[i : i + B], config.block_size)
-        tokens[: len(windows)] = torch.from_numpy(windows)
-        tokens = tokens.to(device)
-        with autocast:
-            total += model(tokens[:, :-1].clamp(min=0), tokens[:, 1:], reduction="sum")
-    model.train()
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.item() / (len(starts) * config.block_size)
-
-
-@torch.no_grad()
-def evaluate_induction(model, corpus: Corpus, config: TrainConfig, device, autocast, n: int = 64) -> dict:
-    """Mean losses in nats on n sequences of block_size / 2 random ids, each followed by itself: "val_random" where the ids
-    are new, "val_induction" where they come a second time. An induction head that knows only the token before can't bring
-    the second to 0: an id that was drawn several times was followed by several.
-
-    The ids are drawn evenly from those that occur in the windows of `evaluate`, the same for every run on a corpus and
-    context. The first token of the repeat does not count, as nothing says that one begins.
-    """
-    ids = np.unique(corpus.windows("val", val_starts(corpus, config.block_size, config.eval_tokens), config.block_size))
-    once = np.random.RandomState(0).choice(ids, (n, config.block_size // 2))  # the numbers of a RandomState never change
-    L, B = once.shape[1], config.micro_batch_size
-    tokens = torch.full((-(-n // B) * B, config.block_size + 1), -1)  # the shape of `evaluate`: torch.compile makes no second one
-    tokens[:n, : 2 * L] = torch.from_numpy(np.concatenate([once, once], axis=1))
-    first, second = tokens[:, 1:].clone(), tokens[:, 1:].clone()  # what is to be predicted
-    first[:, L - 1 :] = -1
-    second[:, :L] = -1
-    model.eval()
-    losses = torch.zeros(2, device=device)
-    for x, *halves in zip(tokens[:, :-1].clamp(min=0).split(B), first.split(B), second.split(B), strict=True):
-        with autocast:
-            losses += torch.stack([model(x.to(device), y.to(device), reduction="sum") for y in halves])
-    model.train()
-    return dict(zip(("val_random", "val_induction"), (losses / (n * (L - 1))).tolist(), strict=True))
-
-
-def fetch_figures(pending: list, step: int, config: TrainConfig, scaled: bool) -> list[list[float]]:
-    """Empties `pending` of (loss, gradient norm) of the steps up to `step`; returns them as numbers, once all are finite.
-
-    This is the one place where the host waits for the device. Losses are averaged over the processes. Float16's
-    gradients may overflow (the scaler skips such a step), its loss may not.
-    """
-    if not pending:
-        return []
-    figures = torch.stack(pending)  # (steps, 2)
+def fetch_losses(pending: list, step: int) -> tuple[list[float], float]:
+    """Empties pending: the losses of the steps before `step`, averaged over the processes, and the
+    last gradient norm. A value that is not finite is a UserError."""
+    values = torch.stack(pending)  # (steps, 2)
     pending.clear()
     if dist.is_initialized():
-        dist.all_reduce(figures)
-        figures /= dist.get_world_size()
-    figures = figures.tolist()
-    for i, (loss, norm) in enumerate(figures, start=step - len(figures)):
-        if not math.isfinite(loss) or not (scaled or math.isfinite(norm)):
-            raise UserError(f"step {i + 1} has loss {loss} and gradient norm {norm} at learning rate "
-                            f"{learning_rate(i, config):.3g}; checkpoints are left as they were. Start over (--resume=no) "
-                            "with a lower --learning_rate")
-    return figures
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    losses, norms = values.T.tolist()
+    for i, pair in enumerate(zip(losses, norms, strict=True), start=step + 1 - len(losses)):
+        if not math.isfinite(sum(pair)):
+            raise diverged("step {}: loss {}, gradient norm {}".format(i, *pair))
+    return losses, norms[-1]
 
 
-def check_weights(model: GPT, step: int, config: TrainConfig):
-    """A UserError, in all processes, if a weight is no longer a number: a finite gradient can still be too large a step."""
-    norm = torch.nn.utils.get_total_norm(model.parameters())
-    if not (norm.full_tensor() if config.fsdp else norm).isfinite():
-        raise UserError(f"the weights are no longer finite after step {step}; checkpoints are left as they were. Start over "
-                        "(--resume=no) with a lower --learning_rate")
+def check_weights(model: GPT, step: int):
+    """A finite gradient can still give a weight that is not finite."""
+    if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
+        raise diverged(f"a weight after step {step} is not finite")
 
 
-class Stop:
-    """Remembers SIGINT or SIGTERM until the step is done; the same signal once more ends the program at once."""
-
-    def __init__(self):
-        self.signal = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.remember)
-
-    def remember(self, number, frame):
-        self.signal = signal.Signals(number)
-        if not dist.is_initialized():  # torchrun passes on a signal that may have come to all processes already
-            signal.signal(number, signal.SIG_DFL)
-        print(f"{self.signal.name}: finishing the step, then saving", file=sys.stderr)
+def diverged(what: str) -> UserError:
+    return UserError(f"{what}; the checkpoints were not changed. Start over (--resume=no) with a "
+                     "lower --learning_rate")
 
 
-def console_line(line: dict, config: TrainConfig, seconds_left: float) -> str:
-    step = line["step"]
-    parts = [f"step {step:>{len(str(config.max_steps))}}/{config.max_steps}"]
-    names = {"loss": "loss", "val_loss": "val loss", "val_induction": "induction"}
-    parts += [f"{name} {line[key]:.4f}" for key, name in names.items() if key in line]
-    if "lr" in line:
-        parts += [f"lr {line['lr']:.2e}", f"{line['tokens_per_s']:,} tokens/s"]
-    if "mfu" in line:
-        parts.append(f"mfu {line['mfu']:.1%}")
-    if 0 < step < config.max_steps:
-        minutes, seconds = divmod(round(seconds_left), 60)
-        parts.append(f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left")
-    return " | ".join(parts)
+def evaluation_sets(corpus: Corpus, config: TrainConfig) -> dict:
+    """name -> inputs and targets (n, block_size), -1 where there is no target.
+
+    val_loss: windows side by side from the start of the val split. With eval_induction also random
+    tokens, block_size / 2 of them and then the same again: val_random has the first ones as
+    targets, val_induction the repetition, which an induction head predicts.
+    """
+    T = config.block_size
+    windows = corpus.windows("val", val_starts(corpus, T, config.eval_tokens), T)
+    sets = {"val_loss": (windows[:, :-1], windows[:, 1:])}
+    if config.eval_induction:  # ids that occur in the windows; nothing says when the repeat begins
+        once = np.random.RandomState(0).choice(np.unique(windows), (64, T // 2))
+        tokens = np.full((64, T + 1), -1)
+        tokens[:, : 2 * (T // 2)] = np.concatenate([once, once], axis=1)
+        position = np.arange(1, T + 1)
+        for name, mask in (("val_random", position < T // 2), ("val_induction", position > T // 2)):
+            sets[name] = tokens[:, :-1].clip(min=0), np.where(mask, tokens[:, 1:], -1)
+    return {name: tuple(map(torch.from_numpy, pair)) for name, pair in sets.items()}
 
 
-def print_sample(model: GPT, tokenizer: Tokenizer, device):
-    """Three short texts from the model as it is now. They go on from a line's end: how documents begin is often all alike."""
-    line_end = [tokenizer.start] if tokenizer.kind == "char" else tokenizer.encode("\n").tolist()
-    idx = torch.tensor(line_end, device=device).repeat(3, 1)
-    generator = torch.Generator(device).manual_seed(1)
+@torch.no_grad()
+def evaluate(model, eval_sets: dict, batch_size: int, device, autocast) -> dict[str, float]:
+    """Mean loss in nats on each evaluation set; all processes share the work."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model.eval()
-    for text in model.generate(idx, 150, temperature=0.8, generator=generator)[:, len(line_end) :].tolist():
+    losses = {}
+    for name, (inputs, targets) in eval_sets.items():
+        total = torch.zeros((), device=device)
+        padding = (0, 0, 0, -len(inputs) % (batch_size * world_size))  # all batches have one shape
+        inputs, padded = (torch.nn.functional.pad(t, padding, value=v)
+                          for t, v in ((inputs, 0), (targets, -1)))
+        pairs = list(zip(inputs.split(batch_size), padded.split(batch_size), strict=True))
+        for x, y in pairs[rank::world_size]:
+            with autocast():
+                total += model(x.to(device), y.to(device), reduction="sum")
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        losses[name] = total.item() / (targets != -1).sum().item()
+        if not math.isfinite(losses[name]):
+            raise diverged(f"{name} is {losses[name]}")
+    model.train()
+    return losses
+
+
+def catch_signals() -> list[int]:
+    """A list to which the first SIGINT or SIGTERM is added. A second one ends the process."""
+    received = []
+
+    def remember(number, frame):
+        received.append(number)
+        if not dist.is_initialized():  # torchrun may send a signal that has arrived already
+            signal.signal(number, signal.SIG_DFL)
+        print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, remember)
+    return received
+
+
+class Log:
+    """Writes lines to log.jsonl, to the console and, if asked for, to Weights & Biases."""
+
+    def __init__(self, path: Path, config: TrainConfig, header: dict):
+        start_log(path, header)
+        self.file, self.max_steps, self.wandb = open(path, "a"), config.max_steps, None
+        if config.wandb_project:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("wandb_project needs Weights & Biases: pip install wandb") from None
+            self.wandb = wandb.init(project=config.wandb_project, name=str(path.parent),
+                                    config=header["config"])
+
+    def write(self, line: dict, seconds_left: float):
+        parts = [f"step {line['step']:>{len(str(self.max_steps))}}/{self.max_steps}"]
+        parts += [f"{key.replace('_', ' ')} {line[key]:.4f}"
+                  for key in ("loss", "val_loss", "val_induction") if key in line]
+        if "lr" in line:
+            parts += [f"lr {line['lr']:.2e}", f"{line['tokens_per_s']:,} tokens/s"]
+        if 0 < line["step"] < self.max_steps:
+            parts += [f"{timedelta(seconds=round(seconds_left))} left"]
+        print(" | ".join(parts), flush=True)
+        print(json.dumps(line), file=self.file, flush=True)
+        os.fsync(self.file.fileno())  # a checkpoint must not be newer than its log
+        if self.wandb:
+            self.wandb.log(line, step=line["step"])
+
+
+def draw_losses(out_dir: Path):
+    try:
+        from plot import draw_curves  # matplotlib takes a second to import
+
+        draw_curves([out_dir], out_dir / "loss.png")
+        print(f"loss curves: {out_dir / 'loss.png'}")
+    except Exception as error:  # the run itself is complete
+        print(f"no loss.png: {type(error).__name__}: {error}")
+
+
+def print_samples(model: GPT, tokenizer: Tokenizer, device):
+    """Three short texts that start at the beginning of a line."""
+    prompt = tokenizer.encode("\n").tolist() if tokenizer.kind != "char" else [tokenizer.start]
+    idx = torch.tensor(prompt, device=device).repeat(3, 1)
+    generator = torch.Generator(device).manual_seed(1)
+    texts = model.eval().generate(idx, 150, temperature=0.8, generator=generator)
+    for text in texts[:, len(prompt) :].tolist():
         print(f"---\n{tokenizer.decode(text)}")
 
 

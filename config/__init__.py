@@ -1,194 +1,171 @@
-"""Config files and --key=value options onto a typed dataclass.
+"""Command lines made from dataclasses: preset files and --key=value options.
 
-    python train.py config/quickstart.py --n_layer=4        later wins, and options win over files
+    python train.py config/quickstart.py --n_layer=4 --kv_shift=none
 
-A config file is plain Python, run on its own: it may import and compute. Each public name that it sets must be a field
-of the dataclass (imports, functions and names with a leading _ do not count). Names, types, defaults and the text of --help
-stand in the dataclass alone: the comment behind a field is its help.
+A preset is a plain Python file; every public name that it assigns is an option. Presets are read in
+order, options override them, and of several options the last one wins. The dataclass is the only
+place that names an option; the comment behind a field is its --help text.
 """
 
-import __future__
-
+import argparse
 import contextlib
 import dataclasses
 import difflib
 import inspect
-import multiprocessing
 import os
 import re
 import runpy
-import signal
 import sys
-import threading
 import types
 import typing
 from pathlib import Path
 
 
 class UserError(Exception):
-    """What the user can put right: `run` prints it as one line, without a traceback."""
+    """A mistake that the user can correct. `run` prints it as one line, without a traceback."""
 
 
-def run(main, less_memory: str = ""):
-    """Calls main() for a script: a UserError, an error of the disk, or one of those that `for_user` knows, ends it with one
-    line and exit code 2."""
-    if hasattr(sys.stdout, "reconfigure"):  # it may have been closed, or be a notebook's
-        sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a question mark
+HINTS = {  # options of nanoGPT, and of earlier versions, that have another name here
+    "start": "--prompt=TEXT, or --prompt_file=FILE",
+    "gradient_accumulation_steps": "--micro_batch_size=N, a part of --batch_size",
+    "wandb_log": "--wandb_project=NAME",
+    "max_iters": "--max_steps=N",
+    "eval_interval": "--eval_every=N",
+    "dry_run": "python experiments/estimate.py config/x.py",
+}
+
+
+def run(main):
+    """Calls main() for a script. A user's mistake or a file error is one line and exit code 2."""
+    sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
     try:
         main()
-    except UserError as error:
-        sys.exit(_report(str(error)))
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush finds a place
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone, as in `python sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except UserError as error:
+        exit_with(str(error))
     except OSError as error:
         if error.errno is None:
             raise
-        sys.exit(_report(f"{error.strerror}: {error.filename}" if error.filename else str(error)))
-    except (RuntimeError, MemoryError) as error:  # torch's
-        if (known := for_user(error, less_memory)) is error:
-            raise
-        sys.exit(_report(str(known)))
-    except KeyboardInterrupt:
-        sys.exit(130)
+        exit_with(f"{error.strerror}: {error.filename}" if error.filename else str(error))
 
 
-def for_user(error: Exception, less_memory: str) -> Exception:
-    """The UserError in place of an error that says that there is no memory, or no compiler; any other as it is. `less_memory`
-    is the script's advice."""
-    if out_of_memory(error):
-        return UserError(f"{(str(error) or 'out of memory.').splitlines()[0]} {less_memory}")
-    if "InvalidCxxCompiler" in str(error):
-        return UserError("compile=True needs a C++ compiler, and none works here: install one (g++), or pass --compile=False")
-    return error
+def exit_with(message: str):
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that there is no memory. On a CPU torch has no type of its own for it."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+def silent_interrupt(kind, error, trace):
+    """Ctrl-C ends a script without a traceback, also during its imports."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
 
 
-def end_with_parent():
-    """For a process that a script starts: Ctrl-C is its parent's to answer, and where the parent is killed it ends, too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+sys.excepthook = silent_interrupt
 
 
-def _report(message: str) -> int:
-    with contextlib.suppress(OSError, AttributeError):  # our output may lie on the disk that is full, or have been closed
-        sys.stdout.flush()
-    print(f"{Path(sys.argv[0]).name}: " + " ".join(message.split()), file=sys.stderr)
-    return 2
+def parse(cls, argv: list[str] | None = None):
+    """An instance of the dataclass cls from presets and options (default: the command line)."""
+    options, presets = parse_options(cls, argv, "config/file.py")
+    values = {}
+    for path in presets:
+        values |= read_preset(cls, path)
+    return make(cls, values | options)
 
 
-def parse(cls, argv: list[str], arguments: str = "[config/file.py ...]"):
-    """Makes a `cls` from config files and --key=value options. --help prints the fields, with what other `arguments` there
-    are, and exits with 0."""
-    if "--help" in argv or "-h" in argv:
-        print(help_text(cls, arguments))
-        raise SystemExit(0)
-    values, later = {}, {}
-    for arg in argv:
-        if arg.startswith("--") and "=" in arg:
-            name, text = arg[2:].split("=", 1)
-            later[name] = _from_text(cls, name, text)
-        elif arg.startswith("-"):
-            raise UserError(f"{arg!r}: options are written --key=value{_did_you_mean(cls, arg.lstrip('-'))}")
-        else:
-            values |= read_file(cls, arg)
-    return make(cls, values | later)
+def parse_with_paths(cls, metavar: str, argv: list[str] | None = None):
+    """Like `parse`, for scripts whose arguments are paths and not presets: (instance, paths)."""
+    options, paths = parse_options(cls, argv, metavar)
+    return make(cls, options), paths
 
 
 def make(cls, values: dict):
-    """cls(**values), a value that does not fit being a UserError."""
     try:
         return cls(**values)
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def read_file(cls, path: str) -> dict:
-    """The fields that a config file sets."""
-    if not os.path.isfile(path):  # which takes any text, unlike Path.is_file
-        raise UserError(f"no config file {path!r} (options are written --key=value)")
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def parse_options(cls, argv, metavar: str) -> tuple[dict, list[str]]:
+    """The options given on the command line, and the other arguments."""
+    parser = Parser(description=sys.modules["__main__"].__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    argument_default=argparse.SUPPRESS)
+    parser.add_argument("paths", nargs="*", metavar=metavar, default=[])
+    kinds, comments = typing.get_type_hints(cls), field_comments(cls)
+    for field in dataclasses.fields(cls):
+        help = f"{comments[field.name]} (default: {field.default})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", metavar=spell(kinds[field.name]), help=help,
+                            type=lambda text, kind=kinds[field.name]: convert(kind, text))
+    options, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        raise UserError(f"unknown option {unknown[0]}{suggest(cls, unknown[0])}")
+    options = vars(options)
+    return options, options.pop("paths")
+
+
+def read_preset(cls, path: str) -> dict:
+    """The options that a preset file sets."""
+    if not os.path.isfile(path):
+        raise UserError(f"no preset {path} (options are written --key=value)")
     try:
         names = runpy.run_path(path)
-    except (Exception, SystemExit) as error:  # whatever the user's own code raises
+    except Exception as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
-    values = {}
+    kinds, values = typing.get_type_hints(cls), {}
     for name, value in names.items():
-        if name.startswith("_") or isinstance(value, (types.ModuleType, __future__._Feature)) or callable(value):
+        if name.startswith("_") or callable(value) or isinstance(value, types.ModuleType):
             continue
-        kind = _type_of(cls, name, f"{path}: ")
+        if name not in kinds:
+            raise UserError(f"{path}: unknown option {name}{suggest(cls, name)}")
         try:
-            values[name] = _checked(kind, name, value)
-        except TypeError as error:
-            raise UserError(f"{path}: {error}") from None
+            values[name] = convert(kinds[name], str(value))
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{path}: {name}: {error}") from None
     return values
 
 
-def _fields(cls) -> dict:
-    """Field name -> type."""
-    hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+WORDS = {bool: {"True": True, "False": False}, types.NoneType: {"None": None}}
 
 
-def _did_you_mean(cls, name: str) -> str:
-    close = difflib.get_close_matches(name.split("=")[0], _fields(cls), n=1)
-    return f"; did you mean --{close[0]}=...?" if close else "; --help lists them all"
-
-
-def _type_of(cls, name: str, where: str = ""):
-    fields = _fields(cls)
-    if name not in fields:
-        raise UserError(f"{where}unknown option {name!r}{_did_you_mean(cls, name)}")
-    return fields[name]
-
-
-def _spell(kind) -> str:
-    if typing.get_origin(kind) is typing.Literal:
-        return " | ".join(map(str, typing.get_args(kind)))
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("NoneType", "None")
-
-
-def _from_text(cls, name: str, text: str):
-    """The value of an option: the first reading of its text that the field's type takes."""
-    kind = _type_of(cls, name)
-    readings = [text, {"true": True, "false": False, "none": None}.get(text.lower(), text)]
-    for number in (int, float):
-        try:
-            readings.append(number(text))
-        except ValueError:
-            pass
-    for value in readings:
-        try:
-            return _checked(kind, name, value)
-        except TypeError:
-            pass
-    raise UserError(f"--{name}={text}: must be {_spell(kind)}")
-
-
-def _checked(kind, name: str, value):
-    """`value`, if it is of the field's type, else a TypeError; an int is accepted for a float."""
+def convert(kind, text: str):
+    """text as a value of a field's type: int, float, str, bool, Literal[...] or X | None."""
     for option in typing.get_args(kind) if isinstance(kind, types.UnionType) else [kind]:
         if typing.get_origin(option) is typing.Literal:
-            if value in typing.get_args(option):
-                return value
-        elif option is float and type(value) is int:
-            return float(value)
-        elif type(value) is option:
-            return value
-    raise TypeError(f"{name} = {value!r} ({type(value).__name__}) must be {_spell(kind)}")
+            words = {value: value for value in typing.get_args(option)}
+        else:
+            words = WORDS.get(option)
+        with contextlib.suppress(ValueError, KeyError):
+            return option(text) if words is None else words[text]
+    raise argparse.ArgumentTypeError(f"must be {spell(kind)}, not {text!r}")
 
 
-def help_text(cls, arguments: str = "[config/file.py ...]") -> str:
-    """One line a field: name, type, default and the comment behind it in the source."""
+def spell(kind) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return "|".join(typing.get_args(kind))
+    if kind is bool:
+        return "True|False"
+    names = [option.__name__ for option in typing.get_args(kind)] or [kind.__name__]
+    return "|".join(names).replace("NoneType", "None").replace("bool", "True|False")
+
+
+def suggest(cls, argument: str) -> str:
+    name = argument.lstrip("-").split("=")[0]
+    close = difflib.get_close_matches(name, [field.name for field in dataclasses.fields(cls)], n=1)
+    hint = HINTS.get(name) or (f"--{close[0]}=..." if close else None)
+    return f"; did you mean {hint}?" if hint else "; --help lists all options"
+
+
+def field_comments(cls) -> dict[str, str]:
+    """Field name -> the comment behind it in the source of the dataclass."""
     comments = {}
     for base in reversed(cls.__mro__[:-1]):
-        comments |= dict(re.findall(r"^    (\w+): [^#\n]*#(.*)$", inspect.getsource(base), re.MULTILINE))
-    script = Path(sys.argv[0]).name
-    lines = [inspect.getdoc(sys.modules[cls.__module__]), "", f"usage: python {script} {arguments} [--key=value ...]"]
-    for field in dataclasses.fields(cls):
-        kind = _spell(_fields(cls)[field.name])
-        lines.append(f"  --{field.name}={field.default}  ({kind})\n      {comments.get(field.name, '').strip()}")
-    return "\n".join(lines)
+        comments |= re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(base), re.MULTILINE)
+    return comments

@@ -1,26 +1,21 @@
-# The paper's 1.5B model: 10B tokens, 1.0M a step. The paper's data and its tokenizer (36,000 ids) are not public:
-# OpenWebText and GPT-2's BPE stand in.
-# One 80 GB GPU will do, eight are better; add --dry_run=True to see memory and days.
+# The paper's 1.5B model: 10B tokens. OpenWebText and GPT-2's tokenizer replace the paper's private
+# data and tokenizer (36,000 ids). It fits on one 80 GB GPU; eight are faster.
 #   torchrun --nproc_per_node=8 train.py config/paper_1.5b.py
 out_dir = "out/paper_1.5b"
 dataset = "openwebtext"
-
 vocab_size = 50_257
 n_layer = 28
 n_head = 16
 n_embd = 2048
 ffn_size = 5504
-block_size = 2_048
+block_size = 2048
 tie_embeddings = False
-kv_shift = "kv"
-
 batch_size = 512
 micro_batch_size = 4
 max_steps = 9_537
 learning_rate = 2e-4
-warmup_steps = 1000
 lr_schedule = "constant"
-
+warmup_steps = 1000
 eval_every = 500
 eval_tokens = 10_485_760
 checkpoint_every = 500

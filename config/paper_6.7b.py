@@ -1,28 +1,22 @@
-# The paper's 6.7B model: 10B tokens, 1.0M a step. The paper's data and its tokenizer (36,000 ids) are not public:
-# OpenWebText and GPT-2's BPE stand in.
-# For eight 80 GB GPUs or more, which share out the weights; add --dry_run=True to see memory and days.
+# The paper's 6.7B model: 10B tokens. OpenWebText and GPT-2's tokenizer replace the paper's private
+# data and tokenizer (36,000 ids). Meant for eight 80 GB GPUs or more.
 #   torchrun --nproc_per_node=8 train.py config/paper_6.7b.py
 out_dir = "out/paper_6.7b"
 dataset = "openwebtext"
-
 vocab_size = 50_257
 n_layer = 32
 n_head = 32
 n_embd = 4096
 ffn_size = 11008
-block_size = 2_048
+block_size = 2048
 tie_embeddings = False
-kv_shift = "kv"
-
 batch_size = 512
 micro_batch_size = 2
 max_steps = 9_537
 learning_rate = 2e-4
-warmup_steps = 1000
 lr_schedule = "constant"
-
-fsdp = True
-
+warmup_steps = 1000
 eval_every = 500
 eval_tokens = 10_485_760
 checkpoint_every = 500
+fsdp = True

@@ -1,20 +1,10 @@
-# Tiny Shakespeare by character, for a GPU: a 10.6M-parameter model, some minutes.
+# Tiny Shakespeare by character: a 10.6M-parameter model, a few minutes on a GPU. The corpus is
+# small, so dropout keeps the model from memorizing it. The loss is that of the whole val split.
 #   python train.py config/shakespeare_char.py
 out_dir = "out/shakespeare_char"
 dataset = "shakespeare_char"
-
-n_layer = 6
-n_head = 6
-n_embd = 384
-block_size = 256
-dropout = 0.2  # the corpus is small: without it the model learns it by heart
-
+dropout = 0.2
 batch_size = 64
 max_steps = 5000
-learning_rate = 1e-3
-min_lr = 1e-4
-warmup_steps = 100
-
-eval_every = 250
-eval_tokens = 0  # the whole of val
+eval_tokens = 0
 checkpoint_every = 500

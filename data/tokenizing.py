@@ -1,248 +1,249 @@
-"""From documents to token files: what prepare.py scripts for large texts share.
+"""Tokenizers, and the shard writer that the scripts data/*/prepare.py share.
 
-    source          documents in pieces, from files or from the network; it begins at source.start, and has come to source.place
-    parts           a piece -> what of it is train and what is val, which each script decides
-    write_corpus    parts -> lots of about 1 MB -> ids, by all cores -> the corpus, in the order of the source
-
-Memory stays flat, the number of processes does not change the result, and a run that was stopped at any point, even killed,
-goes on from the place that it last saved: its result is the same, byte for byte.
+A script splits its input into jobs; job i writes the shards train_i and val_i. Jobs run in several
+processes. A finished shard is never written again, so rerunning the same command resumes.
 """
 
-import collections
-import contextlib
-import hashlib
+import itertools
 import multiprocessing
 import os
-import shutil
-import sys
+import signal
+import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import NamedTuple
+
+from config import UserError
+from data import Corpus, atomic_write, lock, read_meta, shard_path, token_dtype, write_meta
 
 import numpy as np
 
-from config import UserError, end_with_parent
-from data import FOLDER, CorpusWriter, Tokenizer
-
-PIECE = 1 << 20  # bytes that are tokenized at a time
-SAVE_EVERY = 10  # seconds of work that a killed run loses, at most
-DISK = {"bytes": 2.0, "char": 2.0, "gpt2": 0.5}  # bytes of the corpus for a byte of English text, roughly
-SPEED = {"bytes": 100e6, "char": 20e6, "gpt2": 5e6}  # bytes of text a second and process, roughly
+SPLITS = ("train", "val")
+PIECE = 1 << 20  # bytes of text that are tokenized at a time
 
 
-def pieces(f):
-    """Yields (bytes, whether a document ends here) of an open text file, about 1 MB at a time. A line <|endoftext|> ends a
-    document, and so does the end of the file. The tokens of the pieces are those of the text in one piece."""
-    piece = b""
-    for block in blocks(f):
-        first, *others = documents(block)
-        if len(piece) >= PIECE and first:
-            yield piece, False
-            piece = first
+class Tokenizer:
+    """Text to token ids and back. `spec`, which meta.json and checkpoints keep, is one of
+
+        {"kind": "bytes"}                 UTF-8 bytes; a zero byte ends a document
+        {"kind": "char", "chars": "..."}  the characters of a corpus; if among them, "\\0" ends one
+        {"kind": "gpt2"}                  GPT-2's BPE, 50,257 ids; <|endoftext|> ends a document
+
+    end_of_text: the id that ends a document, or None. start: the id that generation starts with.
+    """
+
+    def __init__(self, spec: dict):
+        self.spec, self.kind = spec, spec.get("kind")
+        if self.kind == "bytes":
+            self.vocab_size, self.end_of_text = 256, 0
+        elif self.kind == "char":
+            self.chars = spec["chars"]
+            self.vocab_size = len(self.chars)
+            self.end_of_text = self.chars.index("\0") if "\0" in self.chars else None
+            codes = np.array([ord(c) for c in self.chars], np.int64)
+            self.ids = np.full(codes.max(initial=0) + 2, -1, np.int32)  # code point -> id; -1: none
+            self.ids[codes] = np.arange(len(codes))
+        elif self.kind == "gpt2":
+            self.bpe = load_gpt2()
+            self.vocab_size, self.end_of_text = self.bpe.n_vocab, self.bpe.eot_token
         else:
-            piece += first
-        for other in others:
-            yield piece, True
-            piece = other
-    yield piece, True
+            raise UserError(f"unknown tokenizer {spec}")
+        self.start = self.end_of_text
+        if self.start is None:
+            self.start = max(self.chars.find("\n"), 0)
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """The ids (T,) of a text or of its UTF-8 bytes."""
+        if self.kind == "bytes":
+            raw = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+            return np.frombuffer(raw, np.uint8)
+        if isinstance(text, bytes):
+            text = decode_utf8(text, "the text")
+        elif self.kind == "gpt2":  # half a character, which a terminal may send, becomes U+FFFD
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if self.kind == "gpt2":
+            return self.bpe.encode_to_numpy(text, disallowed_special=())
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        ids = self.ids[np.minimum(codes, len(self.ids) - 1)]
+        if (ids < 0).any():
+            raise UserError(f"character {text[int(np.argmax(ids < 0))]!r} is not among the "
+                            f"{self.vocab_size} of this tokenizer")
+        return ids
+
+    def decode_bytes(self, ids) -> bytes:
+        """The UTF-8 bytes of some ids. An id may be part of a character: decode incrementally."""
+        ids = [i for i in ids if i < self.vocab_size]  # a model may have more ids than its corpus
+        if self.kind == "bytes":
+            return bytes(ids)
+        if self.kind == "gpt2":
+            return self.bpe.decode_bytes(ids)
+        return "".join(self.chars[i] for i in ids).encode("utf-8", "surrogatepass")
+
+    def decode(self, ids) -> str:
+        return self.decode_bytes(ids).decode("utf-8", "replace")
 
 
-def blocks(f):
-    """Yields an open file as blocks of whole lines, about 1 MB each, cut where the tokens do not change: between two lines
-    that GPT-2's BPE never joins. A text without such a place is cut between two characters at 16 MB."""
-    line = b""
-    while block := bytearray(line + f.read(PIECE)):
-        while line := f.readline(PIECE):
-            between_characters = line[0] & 0xC0 != 0x80
-            if never_joined(block, line) or len(block) >= 16 * PIECE and between_characters:
-                break
-            block += line
-        yield bytes(block)
+def load_gpt2():
+    import tiktoken
 
-
-def never_joined(piece, line) -> bool:
-    """Whether the text in `piece` ends in a single line feed with no white space, of any script, on either side."""
-    before, after = (raw.decode("utf-8", "ignore") for raw in (piece[-5:-1], line[:4]))  # a character has up to 4 bytes
-    return piece[-1:] == b"\n" and not before[-1:].isspace() and not after[:1].isspace()
-
-
-def documents(block: bytes) -> list[bytes]:
-    """A block of whole lines, split at the lines <|endoftext|>."""
-    first, *others = block.split(b"<|endoftext|>")
-    found = [first]
-    for other in others:
-        start = found[-1].rfind(b"\n") + 1
-        line, _, after = other.partition(b"\n")
-        if (found[-1][start:] + line).strip():  # not alone on its line
-            found[-1] += b"<|endoftext|>" + other
-        else:
-            found[-1] = found[-1][:start]
-            found.append(after)
-    return found
-
-
-def fingerprint(raw: bytes) -> str:
-    """16 hexadecimal digits that say which document this is, from its first piece: the whole may be too large for memory."""
-    return hashlib.sha256(raw[: 1 << 16]).hexdigest()[:16]
-
-
-class Files:
-    """The documents of local files. `read(path, file)` yields (bytes, whether a document ends here)."""
-
-    def __init__(self, paths, read=lambda path, f: pieces(f)):
-        self.paths, self.read, names = paths, read, [Path(path).name for path in paths]
-        self.sizes = [os.path.getsize(path) for path in paths]
-        self.name = ", ".join(names[:9] + [f"... {len(names)} files"] if len(names) > 10 else names)
-        self.total = sum(self.sizes)
-        self.recipe = {"input": [[name, os.path.getsize(path), os.stat(path).st_mtime_ns]
-                                 for name, path in zip(names, paths, strict=True)], "piece_size": PIECE}
-        self.start = {"file": 0, "piece": 0, "text": 0, "document": "", "done": 0}
-
-    def __iter__(self):
-        """Yields (bytes, whether a document ends here, the document's fingerprint, the file's name)."""
-        self.file, self.piece, self.text, self.document, self.done = self.start.values()
-        first, skip = self.file, self.piece
-        for number, path in enumerate(self.paths[first:], first):
-            with open(path, "rb") as f:
-                for piece, (raw, ends) in enumerate(self.read(path, f), 1):
-                    if piece <= skip or not raw:
-                        continue
-                    self.file, self.piece, self.text = number, piece, self.text + len(raw)
-                    self.done = sum(self.sizes[:number]) + f.tell()
-                    document = self.document or fingerprint(raw)
-                    self.document = "" if ends else document  # of which the next piece is
-                    yield raw, ends, document, path
-            skip = 0
-
-    @property
-    def place(self) -> dict:
-        """Behind how many pieces of which file, how much text, which document (empty: none), how much of all files."""
-        return {"file": self.file, "piece": self.piece, "text": self.text, "document": self.document, "done": self.done}
-
-
-def lots(source, parts):
-    """Yields ([(split, bytes, whether a document ends here, where it is from), ...], place), about 1 MB at a time."""
-    lot, size = [], 0
-    for some in parts:
-        lot += some
-        for _, raw, _, _ in some:
-            size += len(raw)
-        if size >= PIECE:
-            yield lot, source.place
-            lot, size = [], 0
-    yield lot, source.place
-
-
-def encode(tokenizer, lot) -> dict:
-    """split -> the ids of a lot."""
-    ids = {"train": [], "val": []}
-    for split, raw, ends, where in lot:
-        try:
-            ids[split].append(tokenizer.encode(raw))
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        if ends:
-            ids[split].append(np.array([tokenizer.end_of_text], ids[split][-1].dtype))
-    return {split: np.concatenate(arrays) for split, arrays in ids.items() if arrays}
-
-
-def start_worker(spec):
-    """Runs once in each process of the pool."""
-    global worker_tokenizer
-    end_with_parent()
-    worker_tokenizer = Tokenizer(spec)
-
-
-def encode_in_worker(lot):
-    return encode(worker_tokenizer, lot)
-
-
-def encoded(tokenizer, lots_and_places, workers: int):
-    """Yields (encode(lot), place) in order; several workers are several processes beside this one."""
-    if workers == 1:
-        for lot, place in lots_and_places:
-            yield encode(tokenizer, lot), place
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (tokenizer.spec,))
-    ahead = collections.deque()
     try:
-        for lot, place in lots_and_places:
-            ahead.append((pool.submit(encode_in_worker, lot), place))
-            if len(ahead) > 2 * workers:  # no more than that in memory
-                result, place = ahead.popleft()
-                yield result.result(), place
-        for result, place in ahead:
-            yield result.result(), place
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # of the network, or a cached file that does not match its hash
+        raise UserError(f"cannot load GPT-2's BPE ({type(error).__name__}): tiktoken downloads it "
+                        "once; without a network, set TIKTOKEN_CACHE_DIR to a folder that has it"
+                        ) from None
+
+
+def decode_utf8(raw: bytes, name, position: int = 0) -> str:
+    """raw.decode(); an error names the file and the byte, where raw starts at byte `position`."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 at byte {position + error.start:,} (the tokenizer "
+                        "bytes takes any file)") from None
+
+
+def read_text(f, name, position: int = 0, ends: bool = True, check_utf8: bool = True):
+    """Yields (text, whether a document ends there) for the lines of f, about 1 MB at a time.
+
+    Lines <|endoftext|> separate documents; `ends`: whether the end of f ends one, too. Drops empty
+    documents and a byte order mark; \\r\\n becomes \\n. f starts at byte `position` of file `name`.
+    """
+    lines, size, in_document = [], 0, False
+    for line in itertools.chain(f, [b""]):
+        is_delimiter = line.strip() == b"<|endoftext|>"
+        if line and not is_delimiter:
+            lines.append(line)
+            size += len(line)
+            if size < PIECE:
+                continue
+        raw = b"".join(lines)
+        if check_utf8:
+            decode_utf8(raw, name, position)
+        text = (raw.removeprefix(b"\xef\xbb\xbf") if position == 0 else raw).replace(b"\r\n", b"\n")
+        in_document = in_document or bool(text)
+        document_ends = in_document and (is_delimiter or not line and ends)
+        if text or document_ends:
+            yield text, document_ends
+        in_document = in_document and not document_ends
+        position += size + len(line) * is_delimiter
+        lines, size = [], 0
+
+
+class Job(NamedTuple):
+    size: int  # bytes of input, for the progress
+    read: Callable  # () -> iterable of (split, UTF-8 bytes, whether the document ends there)
+
+
+def write_corpus(folder: Path, spec: dict, options: dict, jobs: list[Job], workers: int = 1):
+    """Writes a corpus, or the shards that an interrupted call with the same options did not write.
+
+    spec: of the tokenizer; "char" without "chars" takes those of the text. options: all that the
+    content depends on, input sizes included (JSON). workers: processes; 0: one for each core.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = lock(folder)
+    try:
+        meta = start_or_resume(folder, spec, options, jobs)
+        missing = [i for i in range(len(jobs))
+                   if not all(shard_path(folder, split, i).exists() for split in SPLITS)]
+        if "tokens" in meta and not missing:
+            Corpus(folder)  # checks the sizes
+            print(f"{folder} is complete (remove {folder / 'meta.json'} to prepare it again)")
+            return
+        print(f"{folder}: {len(jobs) - len(missing)} of {len(jobs)} parts are done", flush=True)
+        start, done, total = time.monotonic(), 0, sum(jobs[i].size for i in missing)
+        for i in run_jobs(folder, meta["tokenizer"], jobs, missing, workers or os.cpu_count()):
+            done += jobs[i].size
+            rate = max(done, 1) / (time.monotonic() - start)
+            print(f"part {i}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:,.1f} MB/s, "
+                  f"{(total - done) / rate:,.0f} s left", flush=True)
+        finish(folder, meta, len(jobs))
+    finally:
+        os.close(descriptor)
+
+
+def start_or_resume(folder: Path, spec: dict, options: dict, jobs: list[Job]) -> dict:
+    """Writes meta.json without numbers of tokens, unless a preparation has got further. Returns its
+    content."""
+    if any(folder.glob("*_*.bin")) and (meta := read_meta(folder)):
+        if differ := [key for key in options if meta["options"].get(key) != options[key]]:
+            raise UserError(f"{folder} was prepared with another {', '.join(differ)}: use another "
+                            f"--name, or remove {folder / 'meta.json'} to prepare it again")
+        return meta
+    for split in SPLITS:  # shards without meta.json are of unknown origin
+        for path in [*folder.glob(f"{split}_*.bin"), *folder.glob(f".{split}_*.bin.tmp")]:
+            path.unlink()
+    if spec == {"kind": "char"}:
+        chars = set()
+        for _, raw, ends in itertools.chain.from_iterable(job.read() for job in jobs):
+            chars |= set(raw.decode()) | ({"\0"} if ends else set())
+        spec = {"kind": "char", "chars": "".join(sorted(chars))}
+    meta = {"options": options, "tokenizer": spec, "vocab_size": Tokenizer(spec).vocab_size}
+    write_meta(folder, meta)
+    return meta
+
+
+def finish(folder: Path, meta: dict, n_jobs: int):
+    """Adds the number of tokens in each shard to meta.json."""
+    size = token_dtype(meta["vocab_size"]).itemsize
+    tokens = {split: [shard_path(folder, split, i).stat().st_size // size for i in range(n_jobs)]
+              for split in SPLITS}
+    n_train, n_val = sum(tokens["train"]), sum(tokens["val"])
+    if min(n_train, n_val) < 2:
+        (folder / "meta.json").unlink()
+        raise UserError(f"the text gives {n_train:,} train and {n_val:,} val tokens: add text or "
+                        "change --val_fraction")
+    write_meta(folder, meta | {"tokens": tokens})
+    print(f"{n_train:,} train and {n_val:,} val tokens, {meta['vocab_size']:,} ids; train on them "
+          f"with --dataset={folder.name}")
+
+
+def run_jobs(folder: Path, spec: dict, jobs: list[Job], numbers: list[int], workers: int):
+    """Runs the jobs of these numbers; yields each number when its shards are written."""
+    workers = min(workers, len(numbers))
+    if workers < 2:
+        for i in numbers:
+            yield write_shards(folder, spec, i, jobs[i])
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=end_with_parent)
+    mask = getattr(signal, "pthread_sigmask", lambda *_: None)  # Windows has none
+    mask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is for this process
+    futures = [pool.submit(write_shards, folder, spec, i, jobs[i]) for i in numbers]
+    mask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        for future in as_completed(futures):
+            yield future.result()
     except BrokenProcessPool:
-        raise UserError("a process that tokenizes has died (killed, or no memory left?); fewer --workers need less") from None
+        raise UserError("a worker was killed or ran out of memory: rerun the same command with "
+                        "fewer --workers to resume") from None
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def end_with_parent():
+    """Ends this worker when the main process is killed."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def plan(folder, kind: str, text: float, workers: int, what: str) -> int:
-    """Says what lies ahead (`text`: bytes, roughly), checks that the disk will hold it, and returns the number of workers."""
-    if not workers:  # what takes a second or two is done before a pool has started
-        workers = cores() if text > 5 * SPEED[kind] else 1
-    disk, minutes = DISK[kind] * text, text / SPEED[kind] / workers / 60
-    disk_needed = f"{disk / 1e9:,.1f} GB" if disk > 2e9 else f"{disk / 1e6:,.0f} MB"
-    time_needed = f"{minutes / 60:,.1f} hours" if minutes > 90 else f"{minutes:,.0f} minutes" if minutes > 1 else "a minute"
-    print(f"{what}; the corpus takes about {disk_needed} in {folder} and about {time_needed} (--workers={workers})")
-    free = shutil.disk_usage(folder if folder.exists() else FOLDER).free
-    free += sum(path.stat().st_size for path in folder.glob(".*.bin.tmp"))  # which an earlier run has written already
-    if disk > free:
-        raise UserError(f"the corpus needs about {disk_needed} in {folder}, and {free / 1e9:,.1f} GB are free there: "
-                        "make room, or make that folder a link to a larger disk")
-    return workers
-
-
-def check(config, own: str = ""):
-    """The options that the scripts have in common; `own` is the name of the script's own folder, if a corpus may lie there."""
-    name = config.name
-    if name in ("", ".", "..") or Path(name).name != name or (FOLDER / name / "prepare.py").exists() and name != own:
-        raise ValueError(f"name={name!r} must be the plain name of a folder in data/ that has no prepare.py of its own")
-    if not 0 < config.val_fraction < 1:
-        raise ValueError(f"val_fraction={config.val_fraction} must be between 0 and 1")
-    if config.workers < 0:
-        raise ValueError(f"workers={config.workers} must be 0 or more")
-
-
-def write_corpus(folder, tokenizer, source, parts, recipe: dict, workers: int):
-    """Tokenizes what `parts` yields, lists of (split, bytes, whether a document ends here, where it is from), to a corpus."""
-    with CorpusWriter(folder, tokenizer, source.name, recipe) as corpus:
-        source.start = corpus.place or source.start
-        progress, saved = Progress(source.total, source.start["done"]), time.monotonic()
-        with contextlib.closing(encoded(tokenizer, lots(source, parts), workers)) as results:
-            for ids, place in results:
-                for split, values in ids.items():
-                    corpus.write(split, values)
-                if time.monotonic() - saved >= SAVE_EVERY:
-                    corpus.save(place)
-                    saved = time.monotonic()
-                progress(place["done"])
-        if min(corpus.counts.values()) < 2:
-            raise UserError(f"the text gives {corpus.counts['train']:,} tokens to train on and {corpus.counts['val']:,} "
-                            "to validate: add text or change --val_fraction")
-    print(f"{corpus.counts['train']:,} tokens to train on, {corpus.counts['val']:,} to validate, {tokenizer.vocab_size:,} ids; "
-          f"train.py takes it as --dataset={Path(folder).name}")
-
-
-class Progress:
-    """A line on stderr that says how much is done, how fast, and how long the rest will take."""
-
-    def __init__(self, total: int, done: int = 0):
-        self.total, self.first = total, done
-        self.start = self.shown = time.time()
-
-    def __call__(self, done: int):
-        now, terminal = time.time(), sys.stderr.isatty()
-        if now - self.shown < (1 if terminal else 30):
-            return
-        self.shown, speed = now, max(done - self.first, 1) / (now - self.start)
-        print(f"{done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB, {speed / 1e6:,.1f} MB/s, "
-              f"{(self.total - done) / speed:,.0f} s left ", file=sys.stderr, end="\r" if terminal else "\n")
+def write_shards(folder: Path, spec: dict, i: int, job: Job) -> int:
+    """Tokenizes job i. Returns i."""
+    tokenizer = Tokenizer(spec)
+    dtype, end = token_dtype(tokenizer.vocab_size), tokenizer.end_of_text
+    train_path, val_path = (shard_path(folder, split, i) for split in SPLITS)
+    with atomic_write(train_path) as train, atomic_write(val_path) as val:
+        for split, raw, ends in job.read():
+            f = train if split == "train" else val
+            f.write(tokenizer.encode(raw).astype(dtype))
+            if ends and end is not None:
+                f.write(dtype.type(end))
+    return i

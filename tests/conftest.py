@@ -1,75 +1,48 @@
-import dataclasses
-import multiprocessing
 import os
 import signal
 import sys
-from multiprocessing import forkserver
 from pathlib import Path
+
+from config import run
+from data import lock, write_meta
 
 import numpy as np
 import pytest
 import torch
 
-from config import run
-from data import CorpusWriter, Tokenizer
-
 ROOT = Path(__file__).parents[1]
-torch.set_num_threads(1)  # the models here are too small to share out
-os.environ["OMP_NUM_THREADS"] = "1"  # and the same for the scripts that are started
-TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "max_steps": 4, "eval_tokens": 64,
-        "device": "cpu", "log_every": 1}
+torch.set_num_threads(1)  # the models here are small
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """call(main, *arguments) runs a script's main() as its command line does -> (exit code, stdout, stderr)."""
+    """call(main, *arguments) runs a script's main() in this process, as its command line does.
+    Returns (exit code, stdout, stderr)."""
 
-    def _call(main, *arguments):
-        monkeypatch.setattr(sys, "argv", [sys.modules[main.__module__].__file__, *map(str, arguments)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    def call(main, *arguments):
+        script = sys.modules[main.__module__].__file__
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        locks = []  # a real process holds its lock until it ends
+        monkeypatch.setattr("train.lock", lambda folder: locks.append(lock(folder)))
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             run(main)
             code = 0
         except SystemExit as stop:
             code = stop.code or 0
         finally:
+            for descriptor in locks:
+                os.close(descriptor)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         return code, *capsys.readouterr()
 
-    return _call
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    """A small corpus of bytes with something to learn: 6,000 tokens to train on, 600 to validate."""
-    words = [b"def ", b"return ", b"self.", b"import ", b"class ", b"None\n", b"(x, y)", b": "]
-    picks = np.random.RandomState(0).randint(len(words), size=3000)
-    text = b"".join(words[i] for i in picks)
-    tokenizer = Tokenizer({"kind": "bytes"})
-    with CorpusWriter(tmp_path / "corpus", tokenizer, source="test") as writer:
-        writer.write("train", tokenizer.encode(text[:6000]))
-        writer.write("val", tokenizer.encode(text[6000:6600]))
-    return tmp_path / "corpus"
-
-
-@pytest.fixture(scope="session")
-def forks():
-    """Makes processes that have everything imported already, which takes seconds: forks.Process(target=..., args=...)."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sample", "test_storm", "torch._dynamo"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        forkserver.ensure_running()
-    return context
-
-
-def options(values: dict, **more) -> list[str]:
-    return [f"--{name}={value}" for name, value in (values | more).items()]
+    return call
 
 
 def randomize(model, std=0.3, seed=0):
-    """Weights so large that every part of the model shows in the logits (at the start attention is nearly even)."""
+    """Weights so large that every part of the model shows in the logits."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -77,5 +50,27 @@ def randomize(model, std=0.3, seed=0):
     return model
 
 
-def defaults(cls) -> dict:
-    return {f.name: f.default for f in dataclasses.fields(cls)}
+def make_text(n_bytes: int, seed=0) -> bytes:
+    """Text with something to learn: random keywords of Python."""
+    words = [b"def ", b"return ", b"self.", b"import ", b"class ", b"None\n", b"(x, y)", b": "]
+    picks = np.random.RandomState(seed).randint(len(words), size=n_bytes)
+    return b"".join(words[i] for i in picks)[:n_bytes]
+
+
+def make_corpus(folder: Path, n_train=6000, n_val=600) -> Path:
+    """A small corpus of bytes."""
+    folder.mkdir(parents=True)
+    text = make_text(n_train + n_val)
+    tokens = {}
+    for split, raw in (("train", text[:n_train]), ("val", text[n_train:])):
+        name = f"{split}_0000.bin"
+        np.frombuffer(raw, np.uint8).astype("<u2").tofile(folder / name)
+        tokens[split] = [len(raw)]
+    write_meta(folder, {"options": {}, "tokenizer": {"kind": "bytes"}, "vocab_size": 256,
+                        "tokens": tokens})
+    return folder
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return make_corpus(tmp_path / "corpus")

@@ -1,270 +1,391 @@
-"""Corpora: what is read is what was written, whole or not at all, and every run sees the tokens it is promised."""
+"""Corpora: a preparation can be interrupted anywhere, and every run reads the tokens it should."""
 
+import gzip
 import hashlib
-import http.server
 import json
-import threading
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+from config import UserError, run
+from data import Corpus, TrainBatches, atomic_write, lock, val_starts
+from data.openwebtext import prepare as openwebtext
+from data.pystdlib import prepare as pystdlib
+from data.shakespeare_char import prepare as shakespeare
+from data.text import prepare as text
+from data.tokenizing import Job, Tokenizer, write_corpus
 
 import numpy as np
 import pytest
 import tiktoken
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
-from config import UserError
-from data import Corpus, CorpusWriter, Tokenizer, TrainBatches, atomic_write, tokenizing, val_starts
-from data.pystdlib import prepare as prepare_pystdlib
-from data.shakespeare_char import prepare as prepare_shakespeare
-from data.text import prepare as prepare_text
-
-BYTES = Tokenizer({"kind": "bytes"})
+LINES = b"".join(b"line %d\n" % i for i in range(1000))
+BIG = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x12000)]))  # 71,680 characters
 
 
-def tokens(folder, split) -> np.ndarray:
-    return np.fromfile(folder / f"{split}.bin", "<u2")
+@pytest.fixture
+def prepare(monkeypatch, capsys):
+    """prepare(script, *arguments) runs its main() -> stdout; with error=..., it must fail so."""
 
+    def _prepare(script, *arguments, error=None):
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
+        try:
+            code = run(script.main) or 0
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        assert (code, err.count("\n")) == ((2, 1) if error else (0, 0)), err
+        assert (error or "") in err
+        return out
 
-def counting_corpus(folder, n_train, n_val=50) -> Corpus:
-    """Token i is i, so that a window says where it was read."""
-    tokenizer = Tokenizer({"kind": "char", "chars": "".join(map(chr, range(max(n_train, n_val))))})
-    with CorpusWriter(folder, tokenizer, source="test") as corpus:
-        corpus.write("train", np.arange(n_train))
-        corpus.write("val", np.arange(n_val))
-    return Corpus(folder)
-
-
-@given(st.binary())
-def test_bytes_come_back_from_the_tokenizer_of_bytes(raw):
-    assert BYTES.decode_bytes(BYTES.encode(raw).tolist()) == raw
-
-
-@given(st.text(), st.text(min_size=1))
-def test_known_characters_come_back_and_unknown_ones_are_named(text, others):
-    tokenizer = Tokenizer({"kind": "char", "chars": "".join(sorted(set(text)))})
-    assert tokenizer.decode(tokenizer.encode(text).tolist()) == text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-    for other in set(others) - set(text):
-        with pytest.raises(UserError, match="is not among"):
-            tokenizer.encode(text + other)
-
-
-@pytest.mark.parametrize("n_tokens, block_size, batch_size", [(103, 10, 4), (21, 10, 3), (11, 10, 2), (64, 1, 5), (500, 7, 500)])
-def test_each_epoch_covers_every_window_once_in_a_new_order(tmp_path, n_tokens, block_size, batch_size):
-    corpus = counting_corpus(tmp_path, n_tokens)
-    batches = TrainBatches(corpus, block_size, batch_size, seed=3)
-    rows = np.concatenate([batches(step) for step in range(4 * batches.n_windows // batch_size + 1)])
-    assert (np.diff(rows) == 1).all()  # each row is a run of the text
-    epochs = [rows[i * batches.n_windows : (i + 1) * batches.n_windows, 0] for i in range(3)]
-    for starts in epochs:
-        ordered = np.sort(starts)
-        assert (np.diff(ordered) == block_size).all() and ordered[-1] + block_size < n_tokens
-        assert n_tokens - 1 - len(starts) * block_size < 2 * block_size  # nearly all of the text
-    if batches.n_windows > 3:
-        assert (epochs[0] - epochs[0].min()).tolist() != (epochs[1] - epochs[1].min()).tolist()  # another order
-        assert len({starts.min() for starts in epochs}) > 1 or block_size == 1  # from another offset
-
-
-def test_every_offset_is_drawn(tmp_path):
-    batches = TrainBatches(counting_corpus(tmp_path, 47), block_size=5, batch_size=1, seed=0)
-    offsets = set()
-    for epoch in range(200):
-        batches.start_epoch(epoch)
-        offsets.add(batches.offset)
-    assert offsets >= set(range(5))
-
-
-def test_the_tokens_of_a_step_do_not_depend_on_the_processes_or_on_earlier_steps(tmp_path):
-    corpus = counting_corpus(tmp_path, 103)
-    whole = [TrainBatches(corpus, 10, 12, seed=5)(step) for step in range(6)]  # a fresh one for every step
-    one_by_one = TrainBatches(corpus, 10, 12, seed=5)
-    for world_size in (1, 2, 3, 4, 12):
-        ranks = [TrainBatches(corpus, 10, 12, seed=5) for _ in range(world_size)]
-        for step in range(6):
-            shares = [batches(step, rank, world_size) for rank, batches in enumerate(ranks)]
-            assert np.array_equal(np.concatenate(shares), whole[step])
-    assert all(np.array_equal(one_by_one(step), whole[step]) for step in (5, 0, 3))
-    assert not np.array_equal(TrainBatches(corpus, 10, 12, seed=6)(0), whole[0])
-
-
-def test_validation_windows_lie_side_by_side_from_the_start(tmp_path):
-    corpus = counting_corpus(tmp_path, 100, n_val=50)
-    assert val_starts(corpus, 7, eval_tokens=0).tolist() == [0, 7, 14, 21, 28, 35, 42]
-    assert val_starts(corpus, 7, eval_tokens=20).tolist() == [0, 7]
-    assert val_starts(corpus, 49, eval_tokens=1).tolist() == [0]
-    with pytest.raises(UserError, match="too few for a window"):
-        val_starts(corpus, 50, eval_tokens=0)
-
-
-def test_large_ids_take_four_bytes(tmp_path):
-    tokenizer = Tokenizer({"kind": "bytes"})
-    tokenizer.vocab_size = 70_000
-    with CorpusWriter(tmp_path, tokenizer, source="test") as corpus:
-        for split in ("train", "val"):
-            corpus.write(split, [1, 69_999, 2])
-    assert Corpus(tmp_path).windows("val", [0], 2).tolist() == [[1, 69_999, 2]]
-
-
-def test_a_corpus_is_replaced_whole_or_not_at_all(tmp_path):
-    counting_corpus(tmp_path, 100)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ZeroDivisionError), CorpusWriter(tmp_path, BYTES, source="test") as corpus:
-        corpus.write("train", [1, 2, 3])
-        raise ZeroDivisionError
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_an_atomic_write_leaves_the_old_file_or_the_new_one(tmp_path):
-    path = tmp_path / "file"
-    with atomic_write(path) as f:
-        f.write(b"old")
-    with pytest.raises(ZeroDivisionError), atomic_write(path) as f:
-        f.write(b"ne")
-        raise ZeroDivisionError
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-    with atomic_write(path) as f:
-        f.write(b"new")
-        f.flush()
-        assert path.read_bytes() == b"old"
-    assert path.read_bytes() == b"new"
-
-
-def test_the_built_in_corpus_is_the_standard_library(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_pystdlib, "__file__", str(tmp_path / "prepare.py"))
-    code, out, err = call(prepare_pystdlib.main)
-    assert (code, err) == (0, "") and "bigram" in out
-    train, val = tokens(tmp_path, "train"), tokens(tmp_path, "val")
-    assert 5e6 < len(train) + len(val) < 50e6 and 0.03 < len(val) / len(train) < 0.3
-    text = train.astype(np.uint8).tobytes()
-    assert open(json.__file__, "rb").read() + b"\0" in text + val.astype(np.uint8).tobytes()
-    assert np.count_nonzero(train == 0) > 300  # one ends each file
-    assert 1.5 < float(out.split("val loss of ")[1].split()[0]) < 3.5
-
-
-def test_shakespeare_is_checked_before_anything_is_written(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_shakespeare, "__file__", str(tmp_path / "corpus" / "prepare.py"))
-    text = "First Citizen:\nBefore we proceed any further, hear me speak.\n" * 10
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200 if self.path == "/input.txt" else 404)
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def log_message(self, *arguments):
-            pass
-
-    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    for arguments, message in ((f"--url={url}/other", "404"), (f"--url={url}/input.txt", "is not tiny Shakespeare"),
-                               ("--url=http://127.0.0.1:1/", "cannot download"), (f"--input={ROOT / 'model.py'}", "is not tiny")):
-        code, out, err = call(prepare_shakespeare.main, arguments)
-        assert code == 2 and message in err and err.count("\n") == 1
-        assert not (tmp_path / "corpus").exists()
-    monkeypatch.setattr(prepare_shakespeare, "SHA256", hashlib.sha256(text.encode()).hexdigest())
-    assert call(prepare_shakespeare.main, f"--url={url}/input.txt")[0] == 0
-    server.shutdown()
-    corpus = Corpus(tmp_path / "corpus")
-    assert corpus.tokens == {"train": int(0.9 * len(text)), "val": len(text) - int(0.9 * len(text))}
-    ids = np.concatenate([tokens(corpus.folder, split) for split in ("train", "val")])
-    assert Tokenizer(corpus.tokenizer).decode(ids.tolist()) == text
+    return _prepare
 
 
 @pytest.fixture
 def small_bpe(monkeypatch):
-    """GPT-2's way of splitting a text into words, with a few merges of our own in place of its 50,000 (no download)."""
+    """GPT-2's way to split a text into words, with a few merges."""
     words = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-    merges = [b"  ", b"\n\n", b"\r\n", b" \n", b"\n ", b" a", b"no", b"in", b"ine", b"\n\n\n", b"x\n", b"\n\xc2", b"\n\xc2\xa0"]
-    ranks = {bytes([i]): i for i in range(256)} | {merge: 256 + i for i, merge in enumerate(merges)}
-    bpe = tiktoken.Encoding("small", pat_str=words, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256 + len(merges)})
+    merges = [b"\n\n", b"\r\n", b" a", b"no", b"in", b"ine", b"x\n", b"\n\xc2", b"\n\xc2\xa0"]
+    ranks = {bytes([i]): i for i in range(256)} | {m: 256 + i for i, m in enumerate(merges)}
+    bpe = tiktoken.Encoding("small", pat_str=words, mergeable_ranks=ranks,
+                            special_tokens={"<|endoftext|>": 256 + len(merges)})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: bpe)
 
 
-@pytest.mark.usefixtures("small_bpe")
+def write_counting(folder, train_counts, n_val=50, chars=BIG[:500]) -> Corpus:
+    """Token i is i, so that a window shows where it was read. One shard for each count."""
+    ends = np.cumsum(train_counts)
+    parts = [[("train", chars[end - n : end].encode(), False)]
+             for end, n in zip(ends, train_counts, strict=True)]
+    parts[-1].append(("val", chars[:n_val].encode(), False))
+    spec = {"kind": "char", "chars": chars}
+    write_corpus(folder, spec, {}, [Job(1, lambda part=part: part) for part in parts])
+    return Corpus(folder)
+
+
+def texts(folder) -> list[str]:
+    """Train and val as text."""
+    corpus = Corpus(folder)
+    return [Tokenizer(corpus.tokenizer).decode(corpus.windows(split, [0], n - 1)[0].tolist())
+            for split, n in corpus.tokens.items()]
+
+
+def contents(folder) -> dict:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_windows_cross_shards_as_if_they_were_one_array(tmp_path):
+    corpus = write_counting(tmp_path / "a", [7, 0, 1, 60, 35])
+    assert corpus.tokens == {"train": 103, "val": 50}
+    expected = np.add.outer(range(93), range(11))
+    assert np.array_equal(corpus.windows("train", range(93), 10), expected)
+    assert np.array_equal(corpus.windows("train", [0], 102)[0], range(103))
+    large = write_counting(tmp_path / "b", [len(BIG)], chars=BIG)
+    assert large.windows("train", [71_670], 9).tolist() == [list(range(71_670, 71_680))]
+
+
+@pytest.mark.parametrize("n, block_size, batch_size", [(103, 10, 4), (11, 10, 4), (64, 1, 8)])
+def test_each_epoch_covers_every_window_once(tmp_path, n, block_size, batch_size):
+    batches = TrainBatches(write_counting(tmp_path, [n]), block_size, batch_size, seed=3)
+    if n == 103:  # as in earlier versions
+        assert batches(5)[:, 0].tolist() == [32, 82, 12, 62]
+    rows = np.concatenate([batches(i) for i in range(3 * batches.n_windows // batch_size + 1)])
+    assert (np.diff(rows) == 1).all()
+    for epoch in np.split(rows[: 3 * batches.n_windows, 0], 3):
+        assert (np.diff(np.sort(epoch)) == block_size).all()
+    assert n - 1 - batches.n_windows * block_size < 2 * block_size
+
+
+def test_batches_are_a_function_of_seed_and_step_for_any_number_of_processes(tmp_path):
+    corpus = write_counting(tmp_path, [103])
+    whole = [TrainBatches(corpus, 10, 12, seed=5)(step) for step in range(6)]
+    for world_size in (1, 2, 4):
+        batches = TrainBatches(corpus, 10, 12, seed=5)
+        for step in (5, 0, 3):
+            ranks = [batches(step, rank, world_size) for rank in range(world_size)]
+            assert np.array_equal(np.concatenate(ranks), whole[step])
+    assert not np.array_equal(TrainBatches(corpus, 10, 12, seed=6)(0), whole[0])
+
+
+def test_validation_windows_are_adjacent(tmp_path):
+    corpus = write_counting(tmp_path, [100], n_val=50)
+    assert val_starts(corpus, 7, eval_tokens=0).tolist() == [0, 7, 14, 21, 28, 35, 42]
+    assert val_starts(corpus, 7, eval_tokens=20).tolist() == [0, 7]
+    with pytest.raises(UserError, match="50 val tokens, too few for block_size=50"):
+        val_starts(corpus, 50, eval_tokens=0)
+
+
 @pytest.mark.parametrize("kind", ["bytes", "char", "gpt2"])
-def test_text_is_cut_where_tokens_are_not(call, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(prepare_text, "FOLDER", tmp_path)
-    documents = ["One  line\n\n\n  and another, naïve 😀\r\nline's end\n" * 40, "no line feed at all " * 30,
-                 "x\n" * 100 + "x\n\xa0\xa0x\n\u3000y\xa0\n" * 40]
-    (tmp_path / "a.txt").write_bytes("<|endoftext|>\n".join(documents[:2]).replace("at all <|", "at all \n<|").encode())
-    (tmp_path / "b.txt").write_bytes(documents[2].encode())
-    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
-    results = []
-    for size in (1 << 20, 64):  # in one piece, and in pieces of 64 bytes
-        monkeypatch.setattr(tokenizing, "PIECE", size)
-        name = f"{kind}{size}"
-        assert call(prepare_text.main, *files, f"--name={name}", f"--tokenizer={kind}", "--val_fraction=0.2")[0] == 0
-        results.append(np.concatenate([tokens(tmp_path / name, split) for split in ("train", "val")]))
-        corpus = Corpus(tmp_path / name)
-        tokenizer = Tokenizer(corpus.tokenizer)
-        texts = [tokenizer.decode_bytes(tokens(tmp_path / name, split).tolist()) for split in ("train", "val")]
-        end = tokenizer.decode_bytes([tokenizer.end_of_text]).decode()
-        assert b"".join(texts).decode() == end.join(documents) + end
-        assert 0.15 < len(texts[1]) / len(b"".join(texts)) < 0.21
-    assert np.array_equal(*results)
-
-
-@pytest.mark.usefixtures("small_bpe")
-def test_a_text_that_is_not_utf8_is_named(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_text, "FOLDER", tmp_path)
-    (tmp_path / "a.txt").write_bytes("naïve\n".encode("latin1"))
-    code, _, err = call(prepare_text.main, tmp_path / "a.txt", "--tokenizer=gpt2")
-    assert code == 2 and "a.txt: the text is not UTF-8" in err and err.count("\n") == 1
-    assert not (tmp_path / "mytext" / "meta.json").exists()
-
-
-def test_half_a_character_can_be_encoded(small_bpe):
-    tokenizer = Tokenizer({"kind": "gpt2"})
-    assert tokenizer.decode(tokenizer.encode("é\ud800😀").tolist()) == "é\ufffd😀"
-
-
-@pytest.mark.parametrize("examples", [100, pytest.param(3000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["bytes", "char", "gpt2"])
-def test_any_text_comes_back_from_each_tokenizer(small_bpe, kind, examples):
-    @settings(max_examples=examples, deadline=None)
-    @given(st.text() | st.text(alphabet=" \n\r\t\u3000\xa0<|endoftx>anoi'é😀"))
+def test_any_text_round_trips_through_each_tokenizer(small_bpe, kind):
+    @settings(max_examples=40, deadline=None)
+    @given(st.text() | st.text(alphabet=" \n\r\u3000\xa0<|endoftx>anoi'é😀"))
     def check(text):
-        spec = {"kind": kind} | ({"chars": "".join(sorted(set(text)))} if kind == "char" else {})
-        tokenizer = Tokenizer(spec)
+        tokenizer = Tokenizer({"kind": kind, "chars": "".join(sorted(set(text)))})
         ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids.tolist()) == text and all(0 <= i < tokenizer.vocab_size for i in ids)
+        assert tokenizer.decode(ids.tolist()) == text and all(ids < tokenizer.vocab_size)
         assert np.array_equal(ids, tokenizer.encode(text.encode()))
 
     check()
+    if kind == "gpt2":  # half a character
+        tokenizer = Tokenizer({"kind": "gpt2"})
+        assert tokenizer.decode(tokenizer.encode("é\ud800😀").tolist()) == "é\ufffd😀"
 
 
-def test_val_is_never_empty_where_there_is_one_line(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_text, "FOLDER", tmp_path)
-    (tmp_path / "a.txt").write_text("naïve é😀" * 20)
-    assert call(prepare_text.main, tmp_path / "a.txt", "--tokenizer=char")[0] == 0
-    corpus = Corpus(tmp_path / "mytext")
-    ids = [tokens(corpus.folder, split).tolist() for split in ("train", "val")]
-    assert Tokenizer(corpus.tokenizer).decode(ids[0] + ids[1]) == "naïve é😀" * 20 + "\0" and len(ids[1]) > 10
-
-
-@pytest.mark.parametrize("arguments, message", [
-    ([], "name the text files"), (["nowhere.txt"], "no file 'nowhere.txt'"), (["{latin1}", "--tokenizer=char"], "not UTF-8"),
-    (["{empty}"], "add text"), (["{text}", "--name=pystdlib"], "plain name"), (["{text}", "--name=../x"], "plain name"),
-    (["{text}", "--val_fraction=1"], "between 0 and 1"), (["{text}", "--tokenizer=gpt3"], "bytes | char | gpt2"),
-    (["{text}", "--name=.."], "plain name"), (["{text}", "--tokeniser=char"], "did you mean --tokenizer"),
-])
-def test_mistakes_in_preparing_a_text_are_one_line(call, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(prepare_text, "FOLDER", ROOT / "data" if "--name=pystdlib" in arguments else tmp_path)
-    (tmp_path / "latin1").write_bytes("naïve\n".encode("latin1") * 100)
-    (tmp_path / "empty").write_bytes(b"")
-    (tmp_path / "text").write_bytes(b"some text\n" * 10)
-    before = list(tmp_path.iterdir())
-    code, _, err = call(prepare_text.main, *[a.format(**{p.name: p for p in before}) for a in arguments])
-    assert code == 2 and message in err and err.count("\n") == 1
-    assert {p for p in tmp_path.rglob("*") if p.is_file()} == set(before)
-
-
-def test_an_unreachable_bpe_is_one_line(monkeypatch, tmp_path):
-    def unreachable(name):
-        raise OSError("no network")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+def test_what_a_tokenizer_cannot_do_is_one_line(monkeypatch):
+    with pytest.raises(UserError, match="character 'x' is not among the 2"):
+        Tokenizer({"kind": "char", "chars": "ab"}).encode("abx")
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: 1 / 0)
     with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
         Tokenizer({"kind": "gpt2"})
-    assert data.FOLDER == ROOT / "data"
+
+
+SCRIPT = """import signal, sys
+from config import run
+from data.text import prepare
+signal.signal(signal.SIGINT, signal.default_int_handler)
+prepare.SHARD_SIZE, prepare.LINE = 1 << 18, 100
+run(prepare.main)"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("sent, n_finished", [(signal.SIGKILL, 3), (signal.SIGINT, 0)])
+def test_an_interrupted_preparation_resumes_and_keeps_finished_shards(
+        prepare, tmp_path, monkeypatch, sent, n_finished):
+    monkeypatch.setattr(text, "SHARD_SIZE", 1 << 18)
+    monkeypatch.setattr(text, "LINE", 100)
+    file, folder = tmp_path / "a.txt", tmp_path / "corpus"
+    file.write_bytes(LINES * 600)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, file, f"--name={folder}", "--workers=2"], text=True,
+        cwd=Path(__file__).parents[1], start_new_session=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE)
+    for _ in range(1 + n_finished):
+        process.stdout.readline()
+    if sent == signal.SIGKILL:
+        process.kill()
+    else:
+        time.sleep(0.2)
+        os.killpg(process.pid, sent)  # as Ctrl-C does, here while the workers start
+    err = process.communicate(timeout=20)[1]  # returns when the workers have ended, too
+    assert process.returncode == -sent and "Traceback" not in err
+    finished = {path: path.stat().st_mtime_ns for path in folder.glob("train_*.bin")}
+    with pytest.raises(UserError, match="an unfinished corpus"):
+        Corpus(folder)
+    if finished:
+        prepare(text, file, f"--name={folder}", "--tokenizer=char", error="another tokenizer")
+    prepare(text, file, f"--name={folder}", "--workers=1")
+    assert n_finished <= len(finished) < len(list(folder.glob("train_*.bin")))
+    assert all(path.stat().st_mtime_ns == mtime for path, mtime in finished.items())
+    prepare(text, file, f"--name={tmp_path / 'reference'}", "--workers=1")
+    assert contents(folder) == contents(tmp_path / "reference")
+
+
+def test_a_killed_worker_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="fewer --workers"):
+        write_corpus(tmp_path, {"kind": "bytes"}, {}, [Job(1, partial(os._exit, 1))] * 2, workers=2)
+
+
+def test_a_complete_corpus_is_neither_prepared_again_nor_replaced(prepare, tmp_path):
+    a, b, folder = tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "corpus"
+    a.write_bytes(LINES), b.write_bytes(LINES * 2)
+    prepare(text, a, f"--name={folder}")
+    before = contents(folder)
+    out = prepare(text, a, f"--name={folder}")
+    assert "is complete" in out and out.count("\n") == 1
+    prepare(text, a, f"--name={folder}", "--val_fraction=0.5", error="another val_fraction: ")
+    prepare(text, b, f"--name={folder}", error="another input: ")
+    assert contents(folder) == before
+    (folder / "meta.json").unlink()
+    (folder / "train_0007.bin").write_bytes(b"of another preparation")
+    prepare(text, a, f"--name={folder}")
+    assert contents(folder) == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are not locked there")
+def test_a_second_preparation_of_the_same_folder_is_refused(tmp_path):
+    descriptor = lock(tmp_path)
+    with pytest.raises(UserError, match="another process is writing"):
+        write_counting(tmp_path, [9])
+    os.close(descriptor)
+    write_counting(tmp_path, [9])
+
+
+def test_damage_is_one_line(tmp_path):
+    write_counting(tmp_path, [90, 10])
+    before, meta, shard = contents(tmp_path), tmp_path / "meta.json", tmp_path / "train_0001.bin"
+    meta.write_bytes(before["meta.json"].replace(b"abc", b"acb"))  # the alphabet
+    with pytest.raises(UserError, match="meta.json is damaged, was changed"):
+        Corpus(tmp_path)
+    meta.write_bytes(before["meta.json"])
+    shard.write_bytes(before[shard.name][:-2])
+    with pytest.raises(UserError, match="train_0001.bin has 18 bytes, not 20"):
+        Corpus(tmp_path)
+    shard.write_bytes(before[shard.name][:-2] + b"\xff\xff")
+    with pytest.raises(UserError, match="train_0001.bin is damaged"):
+        Corpus(tmp_path).windows("train", [0, 80], 19)
+    shard.unlink()
+    write_counting(tmp_path, [90, 10])
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("shard_size", [1 << 25, 150])
+@pytest.mark.parametrize("files, expected", [
+    (["x y\n<|endoftext|>\n" * 300], "x y\n\0" * 29),  # documents
+    (["a\n" + "<|endoftext|>\n" * 200 + "word\n" * 300], "word\n" * 86 + "\0"),
+    (["w\n" * 470 + "<|endoftext|>\n" + "w\n" * 10], "w\n" * 32 + "\0" + "w\n" * 10 + "\0"),
+    (["line\n" * 300], "line\n" * 30 + "\0"),  # one document
+    (["a" + "é😀" * 200], "é😀" * 20 + "\0"),  # one line
+    (["a" * 900, "b" * 80], "b" * 80 + "\0"), (["a" * 950, "", "b" * 50], "b" * 50 + "\0"),
+    (["a\n" * 5, "b\n" * 300], "b\n" * 30 + "\0"),
+])
+def test_val_is_the_end_of_the_text(prepare, tmp_path, monkeypatch, files, expected, shard_size):
+    monkeypatch.setattr(text, "SHARD_SIZE", shard_size)
+    monkeypatch.setattr(text, "LINE", shard_size)
+    monkeypatch.setattr("data.tokenizing.PIECE", shard_size // 30)
+    for i, content in enumerate(files):
+        (tmp_path / f"{i}.txt").write_text(content)
+    prepare(text, *sorted(tmp_path.glob("*.txt")), f"--name={tmp_path / 'out'}", "--workers=1")
+    train, val = texts(tmp_path / "out")
+    documents = "<|endoftext|>\n".join(filter(None, files)).split("<|endoftext|>\n")
+    assert train + val == "".join(d + "\0" for d in documents if d) and val == expected
+
+
+@pytest.mark.parametrize("kind", ["bytes", "char", "gpt2"])
+def test_byte_order_marks_and_carriage_returns_are_dropped(prepare, small_bpe, tmp_path, kind):
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbfone\r\n<|endoftext|>\r\ntwo \xef\xbb\xbf\r\n\r" * 9)
+    (tmp_path / "b").write_bytes(b"\xef\xbb\xbfthree\n" * 9)
+    prepare(text, tmp_path / "a", tmp_path / "b", f"--name={tmp_path / 'out'}",
+            f"--tokenizer={kind}", "--workers=1")
+    end = "<|endoftext|>" if kind == "gpt2" else "\0"
+    a, b = f"\ufeffone\n{end}two \ufeff\n\r" * 9 + end, "\ufeffthree\n" * 9 + end
+    assert "".join(texts(tmp_path / "out")) == a[1:] + b[1:]
+
+
+def test_text_that_is_not_utf8_is_named_with_its_position(prepare, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "SHARD_SIZE", 50_000)
+    monkeypatch.setattr("data.tokenizing.PIECE", 1000)
+    raw = b"\xef\xbb\xbf" + b"<|endoftext|>\r\nna\xc3\xafve\r\n" * 9000 + LINES
+    (tmp_path / "a.txt").write_bytes(raw[:200_000] + b"\xff" + raw[200_000:])
+    arguments = tmp_path / "a.txt", f"--name={tmp_path / 'out'}", "--workers=1"
+    prepare(text, *arguments, "--tokenizer=char", error="a.txt is not UTF-8 at byte 200,000 ")
+    prepare(text, *arguments)  # bytes takes any file
+
+
+def documents(n: int) -> list[str]:
+    words, pick = ["one", "naïve", "word\n", "😀", "\n\n", "\u00a0"], random.Random(0)
+    return [" ".join(pick.choices(words, k=pick.choice([0, 1, 20, 200]))) + "\n" for _ in range(n)]
+
+
+def split_documents(documents) -> list[str]:
+    """Train and val as text, for val_fraction=0.1."""
+    splits = ["", ""]
+    for document in documents:
+        digest = hashlib.sha256(document.encode()[:65536]).digest()
+        splits[int.from_bytes(digest[:8], "big") < 0.1 * 2**64] += document + "\0"
+    return splits
+
+
+@pytest.mark.parametrize("suffix, workers", [("txt", 1), ("txt.gz", 1), ("jsonl", 1), ("jsonl", 2),
+                                             ("jsonl.gz", 1), ("parquet", 1)])
+def test_every_format_and_number_of_workers_gives_one_corpus(prepare, tmp_path, suffix, workers):
+    whole = documents(300) + ["long\n" * 300_000]
+    for name, part in (("a", whole[:100]), ("b", whole[100:])):
+        path = tmp_path / f"{name}.{suffix}"
+        if suffix == "parquet":
+            parquet = pytest.importorskip("pyarrow.parquet")
+            table = pytest.importorskip("pyarrow").table({"text": part})
+            parquet.write_table(table, path, row_group_size=70)
+            continue
+        rows = [json.dumps({"text": d, "url": ""}) + "\n" for d in [*part, ""]]
+        raw = ("".join(rows) if "jsonl" in suffix else "<|endoftext|>\n".join(part)).encode()
+        path.write_bytes(gzip.compress(raw) if suffix.endswith("gz") else raw)
+    prepare(openwebtext, f"--input={tmp_path}/*.{suffix}", f"--name={tmp_path / 'out'}",
+            "--tokenizer=bytes", "--val_fraction=0.1", f"--workers={workers}")
+    assert texts(tmp_path / "out") == split_documents(whole)
+
+
+def test_a_download_from_the_hub_resumes(prepare, tmp_path, monkeypatch):
+    whole, broken = documents(90), ["file 1"]
+
+    def hf_hub_download(repo, name, repo_type, revision, local_dir):
+        assert (repo, repo_type, len(revision)) == ("Skylion007/openwebtext", "dataset", 40)
+        if name in broken:
+            raise ConnectionError("the network\nis down")
+        local_dir.mkdir(exist_ok=True)
+        rows = [json.dumps({"text": d}) + "\n" for d in whole[int(name[-1]) * 30 :][:30]]
+        (local_dir / f"{name}.jsonl").write_text("".join(rows))
+        return str(local_dir / f"{name}.jsonl")
+
+    monkeypatch.setattr(openwebtext, "HUB_FILES", ["file 0", "file 1", "file 2"])
+    monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(parquet=None))
+    arguments = [f"--name={tmp_path}", "--tokenizer=bytes", "--val_fraction=0.1", "--workers=1"]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    prepare(openwebtext, *arguments, error="pip install huggingface_hub pyarrow")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(**locals()))
+    prepare(openwebtext, *arguments, error="(ConnectionError: the network is down): rerun the same")
+    broken.clear()
+    assert "1 of 3 parts are done" in prepare(openwebtext, *arguments)
+    assert texts(tmp_path) == split_documents(whole) and not (tmp_path / ".hub.tmp").exists()
+
+
+@pytest.mark.parametrize("script, argument, error", [
+    (text, "nowhere.txt", "No such file or directory: nowhere.txt"),
+    (text, "{}", "Is a directory: {}"), (text, "--workers=1", "name the text files"),
+    (text, "{}/a.txt", "0 train and 0 val tokens: add text"),
+    (text, "--val_fraction=1", "between 0 and 1"),
+    (openwebtext, "--input={}/*.csv", "no file matches"),
+    (openwebtext, "--input={}/*.md", "must be .jsonl"),
+    (openwebtext, "--input={}/*.txt.gz", "a.txt.gz is damaged, or not what its name says (EOF"),
+    (openwebtext, "--input={}/*.jsonl.gz", "a.jsonl.gz is damaged, or not what its name says ("),
+    (openwebtext, "--input={}/*.jsonl", "(ValueError: line 2 must be an object with a text"),
+])
+def test_mistakes_are_one_line(prepare, tmp_path, script, argument, error):
+    gz = gzip.compress(b"x" * 99)
+    for name, raw in {"a.txt": b"", "a.md": b"", "a.txt.gz": gz[:-9],
+                      "a.jsonl.gz": gz[:10] + b"\xff" * 20,
+                      "a.jsonl": b'{"text": "x"}\n{"text": null}\n'}.items():
+        (tmp_path / name).write_bytes(raw)
+    prepare(script, argument.format(tmp_path), f"--name={tmp_path / 'out'}", "--tokenizer=bytes",
+            error=error.format(tmp_path))
+
+
+def test_an_atomic_write_leaves_the_old_file_or_the_new_one(tmp_path):
+    with atomic_write(tmp_path / "file") as f:
+        f.write(b"old")
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "file") as f:
+        f.write(b"new")
+        raise ZeroDivisionError
+    with pytest.raises(IsADirectoryError) as error, atomic_write(tmp_path) as f:
+        f.write(b"new")
+    assert error.value.filename == str(tmp_path) and contents(tmp_path) == {"file": b"old"}
+
+
+def test_the_default_corpus_is_the_standard_library(prepare, tmp_path, monkeypatch):
+    monkeypatch.setattr(pystdlib, "__file__", str(tmp_path / "prepare.py"))
+    assert "usage:" in prepare(pystdlib, "--help") and not contents(tmp_path)
+    assert 1.5 < float(prepare(pystdlib).split("val loss of ")[1].split()[0]) < 3.5
+    train, val = texts(tmp_path)
+    assert Path(json.__file__).read_text() + "\0" in train + val
+    assert 0.03 < len(val) / len(train) < 0.3
+
+
+def test_shakespeare_is_checked_and_prepared_by_character(prepare, tmp_path, monkeypatch):
+    monkeypatch.setattr(shakespeare, "__file__", str(tmp_path / "out" / "prepare.py"))
+    raw = b"First Citizen:\nBefore we proceed any further, " * 10
+    (tmp_path / "input.txt").write_bytes(raw)
+    argument = f"--input={tmp_path / 'input.txt'}"
+    prepare(shakespeare, argument, error="is not tiny Shakespeare")
+    prepare(shakespeare, "--url=http://127.0.0.1:1/", error="cannot download")
+    monkeypatch.setattr(shakespeare, "SHA256", hashlib.sha256(raw).hexdigest())
+    prepare(shakespeare, argument)
+    assert "".join(texts(tmp_path / "out")).encode() == raw
+    corpus = Corpus(tmp_path / "out")
+    assert (corpus.tokens["train"], corpus.vocab_size) == (int(0.9 * len(raw)), len(set(raw)))

@@ -1,199 +1,226 @@
-"""The mathematics: what KV shift is, what it can do, and that decoding with a cache changes nothing."""
+"""The mathematics: the shift's equation, what it can do, and that a cache changes nothing."""
 
+import ast
 import itertools
+import subprocess
+import sys
+from dataclasses import replace
+
+from model import GPT, GPTConfig, KVShift, sample
 
 import pytest
 import torch
-from conftest import randomize
+from conftest import ROOT, randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-import model as model_module
-from estimate import PEAK_FLOPS, estimate_flops, peak_flops
-from model import GPT, GPTConfig, KVShift, sample
-
-SHIFTS = ["kv", "k", "v", "qkv"]
-KINDS = ["free", "gate", "clamp"]
+V, T = 11, 16  # vocab_size and block_size of the models here
+SHIFTS, WEIGHTS, PER = ["kv", "k", "v", "qkv"], ["free", "gate", "clamp"], ["head", "channel"]
 
 
 def tiny(seed=0, **more) -> GPT:
     torch.manual_seed(seed)
-    return GPT(GPTConfig(**{"block_size": 16, "vocab_size": 11, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 16} | more))
+    sizes = {"block_size": T, "vocab_size": V, "n_layer": 2, "n_head": 4, "n_embd": 16}
+    return GPT(GPTConfig(**sizes | more))
 
 
 def shift_parameters(model) -> dict:
     return {name: p for name, p in model.named_parameters() if ".shift." in name}
 
 
-@pytest.mark.parametrize("kv_shift, window, kind", [*itertools.product(SHIFTS, [2, 3, 16], ["free", "clamp"])])
-def test_identity_weights_are_vanilla_bit_for_bit(kv_shift, window, kind):
-    vanilla = randomize(tiny(kv_shift="none"))
-    shifted = tiny(kv_shift=kv_shift, shift_window=window, shift_weights=kind)
-    shifted.load_state_dict(vanilla.state_dict(), strict=False)
-    with torch.no_grad():
-        for p in shift_parameters(shifted).values():
-            p.zero_()
-            p[0] = 1.0
-    idx = torch.randint(11, (3, 16))
+def formula(x, w):
+    """y_t = sum_i w_i x_{t-i}, term by term: x (B, T, H, D), w (window, H, 1 or D)."""
+    y = torch.zeros_like(x)
+    for b, t, h, d in itertools.product(*map(range, x.shape)):
+        for i in range(min(len(w), t + 1)):
+            y[b, t, h, d] += w[i, h, d if w.size(2) > 1 else 0] * x[b, t - i, h, d]
+    return y
+
+
+@pytest.mark.parametrize("window, weights, per", [*itertools.product([2, 3, 5], WEIGHTS, PER)])
+def test_the_shift_is_the_papers_equation(window, weights, per):
+    shift = randomize(KVShift(2, 3, window, per, weights), std=1.0)
+    w = shift.weight.detach()
+    if weights == "gate":
+        w = torch.cat([w.exp(), torch.ones_like(w[:1])]) / (w.exp().sum(dim=0) + 1)
+    if weights == "clamp":
+        w = w.clamp(0, 1)
+    x = torch.randn(2, 7, 2, 3)
+    torch.testing.assert_close(shift(x), formula(x, w))
+    assert shift.weight.shape == (window - (weights == "gate"), 2, 3 if per == "channel" else 1)
+
+
+def test_the_shift_works_without_the_rest_of_model_py():
+    tree = ast.parse((ROOT / "model.py").read_text())
+    source = next(ast.unparse(node) for node in tree.body if getattr(node, "name", "") == "KVShift")
+    names = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional}
+    exec(source, names)
+    torch.manual_seed(0)
+    shift, x = names["KVShift"](n_head=2, head_dim=4), torch.randn(2, 5, 2, 4)
+    torch.testing.assert_close(shift(x), formula(x, shift.weight.detach()))
+    assert 0 <= shift.weight.min() and shift.weight.max() <= 1  # initialized by the constructor
+
+
+def test_model_py_needs_torch_and_no_other_file_of_this_project():
+    code = "import sys; sys.path.pop(0); exec(open('model.py').read()); print(GPT.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "GPT\n", done.stderr
+
+
+@pytest.mark.parametrize("kv_shift, window, weights", [*itertools.product(
+    SHIFTS, [2, 3], ["free", "clamp"])])
+def test_identity_initialization_is_the_vanilla_model_bit_for_bit(kv_shift, window, weights):
+    vanilla = tiny(kv_shift="none")
+    shifted = tiny(kv_shift=kv_shift, shift_window=window, shift_weights=weights,
+                   shift_init="identity")
+    idx = torch.randint(V, (3, T))
     assert torch.equal(shifted(idx), vanilla(idx))
 
 
-@pytest.mark.parametrize("kv_shift, window, kind", [*itertools.product(SHIFTS, [2, 3], KINDS)])
-def test_one_seed_gives_vanilla_and_shifted_the_same_other_weights(kv_shift, window, kind):
+@pytest.mark.parametrize("kv_shift, weights", [*itertools.product(SHIFTS, WEIGHTS)])
+def test_one_seed_gives_vanilla_and_shifted_models_the_same_other_weights(kv_shift, weights):
     vanilla = dict(tiny(kv_shift="none").named_parameters())
-    shifted = dict(tiny(kv_shift=kv_shift, shift_window=window, shift_weights=kind).named_parameters())
+    model = tiny(kv_shift=kv_shift, shift_weights=weights)
+    shifted = dict(model.named_parameters())
     assert all(torch.equal(p, shifted[name]) for name, p in vanilla.items())
-    assert {name.split(".")[-1] for name in set(shifted) - set(vanilla)} == {
-        "kv": {"alpha", "beta"}, "k": {"alpha"}, "v": {"beta"}, "qkv": {"alpha", "beta", "gamma"}}[kv_shift]
+    assert list(model.blocks[0].attn.shift) == list("qkv" if kv_shift == "qkv" else kv_shift)
 
 
-@pytest.mark.parametrize("kind, window", [*itertools.product(KINDS, [2, 3])])
-def test_initial_weights_are_uniform_and_sum_to_one(kind, window):
-    many = {"n_layer": 200, "n_head": 16, "n_kv_head": 16, "n_embd": 32, "ffn_size": 1}
-    model = tiny(shift_weights=kind, shift_window=window, **many)
-    shifts = [block.attn.shift for block in model.blocks]
-    w = torch.cat([s.weights(p).detach() for s in shifts for p in (s.alpha, s.beta)], dim=1)  # (W, 6400)
-    if kind != "clamp" or window == 2:  # a longer window's last weight may be negative, and is then clamped
-        torch.testing.assert_close(w.sum(0), torch.ones(6400))
-    if window == 2 or kind != "gate":
-        deciles = torch.histc(w[0], bins=10, min=0, max=1) / 6400
-        assert (deciles - 0.1).abs().max() < 0.02
-    alpha, beta = w[0].view(200, 2, 16).transpose(0, 1).flatten(1)
-    assert abs(torch.corrcoef(torch.stack([alpha, beta]))[0, 1]) < 0.1  # they are drawn apart
+@pytest.mark.parametrize("weights, window", [*itertools.product(WEIGHTS, [2, 3])])
+def test_initial_weights_are_uniform_and_sum_to_one(weights, window):
+    torch.manual_seed(0)
+    shift = KVShift(8000, 1, window, weights=weights)
+    w = torch.stack(shift.weights(None))[..., 0].detach()  # (window, 8000)
+    if weights != "clamp" or window == 2:  # the last of three may be negative, and is clamped
+        torch.testing.assert_close(w.sum(dim=0), torch.ones(8000))
+    if weights != "gate" or window == 2:  # sigmoid(a) ~ U(0, 1)
+        assert (torch.histc(w[0], bins=10, min=0, max=1) / 8000 - 0.1).abs().max() < 0.02
 
 
-@pytest.mark.parametrize("kv_shift, window, kind, per", [*itertools.product(SHIFTS, [2, 3, 5], KINDS, ["head", "channel"])])
-def test_shift_is_the_papers_equation(kv_shift, window, kind, per):
-    H, K, D, T = 4, 2, 4, 7
-    config = GPTConfig(n_head=H, n_kv_head=K, n_embd=H * D, kv_shift=kv_shift, shift_window=window, shift_weights=kind,
-                       shift_per=per)
-    shift = randomize(KVShift(config), std=1.0)
-    qkv = [torch.randn(2, T, heads * D) for heads in (H, K, K)]
-    mixed = shift(*qkv)
-    for x, got, stored, name in zip(qkv, mixed, (shift.gamma, shift.alpha, shift.beta), "qkv", strict=True):
-        if name not in kv_shift:
-            assert stored is None and got is x
-            continue
-        assert stored.size(1) == (x.size(2) if per == "channel" else x.size(2) // D)
-        for channel, t in itertools.product(range(x.size(2)), range(T)):
-            w = stored[:, channel if per == "channel" else channel // D]
-            if kind == "gate":
-                w = torch.cat([w.exp(), torch.ones(1)]) / (w.exp().sum() + 1)
-            if kind == "clamp":
-                w = w.clamp(0, 1)
-            want = sum(w[i] * x[:, t - i, channel] for i in range(window) if t - i >= 0)
-            torch.testing.assert_close(got[:, t, channel], want)
+def test_a_clamped_weight_outside_the_interval_has_a_gradient():
+    shift, x = KVShift(1, 1, weights="clamp"), torch.randn(1, 5, 1, 1)
+    with torch.no_grad():
+        shift.weight.copy_(torch.tensor([1.5, -0.5])[:, None, None])
+    assert torch.equal(shift(x), x)
+    shift(x).sum().backward()
+    torch.testing.assert_close(shift.weight.grad[:, 0, 0], torch.stack([x.sum(), x[:, :-1].sum()]))
 
 
-@pytest.mark.parametrize("kv_shift, window, kind", [("none", 2, "free"), *itertools.product(SHIFTS, [2, 3], KINDS)])
-def test_no_logit_depends_on_a_later_token(kv_shift, window, kind):
-    model = randomize(tiny(kv_shift=kv_shift, shift_window=window, shift_weights=kind))
-    idx = torch.randint(11, (1, 16))
+@pytest.mark.parametrize("kv_shift, weights", [*itertools.product(["kv", "qkv"], ["free", "gate"])])
+def test_gradients_of_the_scalars_agree_with_finite_differences(kv_shift, weights):
+    model = randomize(tiny(kv_shift=kv_shift, shift_weights=weights, shift_window=3).double())
+    idx, targets = torch.randint(V, (2, 2, T))
+    names, values = zip(*shift_parameters(model).items(), strict=True)
+
+    def loss(*scalars):
+        scalars = dict(zip(names, scalars, strict=True))
+        return torch.func.functional_call(model, scalars, (idx, targets))
+
+    assert torch.autograd.gradcheck(loss, [p.detach().requires_grad_() for p in values])
+
+
+@pytest.mark.parametrize("kv_shift, weights", [*itertools.product(["none", *SHIFTS], WEIGHTS)])
+def test_no_logit_depends_on_a_later_token(kv_shift, weights):
+    model = randomize(tiny(kv_shift=kv_shift, shift_weights=weights, shift_window=3))
+    idx = torch.randint(V, (1, T))
     for t in (1, 7, 15):
         other = idx.clone()
-        other[0, t] = (idx[0, t] + 1) % 11
+        other[0, t] = (idx[0, t] + 1) % V
         a, b = model(idx), model(other)
         assert torch.equal(a[:, :t], b[:, :t])
         assert not torch.allclose(a[:, t], b[:, t], atol=1e-3)
 
 
+class Gated(KVShift):
+    """A variant of the README's kind: the mix depends on the row itself."""
+
+    def weights(self, x):
+        gate = torch.sigmoid(x.mean(dim=-1, keepdim=True) + self.weight[0])  # (B, T, n_head, 1)
+        return gate, 1 - gate
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_a_cache_gives_the_same_logits_in_any_chunking(data):
+    draw = data.draw
+    model = tiny(n_kv_head=draw(st.sampled_from([1, 2, 4])),
+                 kv_shift=draw(st.sampled_from(["none", *SHIFTS])),
+                 shift_window=draw(st.integers(2, 4)), shift_per=draw(st.sampled_from(PER)),
+                 shift_weights=draw(st.sampled_from(WEIGHTS)))
+    if draw(st.booleans()):  # a data-dependent subclass decodes without further code
+        attn = model.blocks[1].attn
+        attn.shift["k"] = Gated(attn.n_kv_head, attn.head_dim)
+    randomize(model, seed=draw(st.integers(0, 99)))
+    n, B = draw(st.integers(1, T)), draw(st.integers(1, 3))
+    idx = torch.randint(V, (B, n))
+    cuts = sorted(draw(st.sets(st.integers(1, T), max_size=T)) - set(range(n, T + 1)))
+    with torch.no_grad():
+        full = model(idx)
+        for chunks in (cuts, range(1, n)):  # in chunks, and token by token
+            cache = model.new_cache(B, max_length=n)
+            logits = [model(chunk, cache=cache) for chunk in idx.tensor_split(list(chunks), dim=1)]
+            torch.testing.assert_close(torch.cat(logits, dim=1), full, atol=1e-5, rtol=1e-5)
+        alone = torch.cat([model(row[None]) for row in idx])
+        torch.testing.assert_close(alone, full, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cache_works_with_gradients_enabled():
+    model = randomize(tiny())
+    idx, cache = torch.randint(V, (1, 8)), model.new_cache(1)
+    logits = torch.cat([model(chunk, cache=cache) for chunk in idx.split(3, dim=1)], dim=1)
+    torch.testing.assert_close(logits, model(idx), atol=1e-5, rtol=1e-5)
+
+
+def test_more_tokens_than_the_context_or_the_cache_holds_are_an_error():
+    model, token = tiny(), torch.zeros(1, 1, dtype=torch.long)
+    with pytest.raises(ValueError, match="17 tokens do not fit"):
+        model(token.expand(1, 17))
+    for cache, length in ((model.new_cache(1, 5), 5), (model.new_cache(1, 99), T)):
+        model(token.expand(1, length), cache=cache)
+        with pytest.raises(ValueError, match=f"{length + 1} tokens do not fit"):
+            model(token, cache=cache)
+
+
 def test_one_layer_with_hand_set_weights_is_an_exact_induction_head():
-    """Theorem 2: alpha = (0, 1), beta = (1, 0) and one-hot embeddings make one layer copy what followed."""
-    V, T = 10, 12
-    # at this base the first frequency alone turns much, and its two dimensions (0 and 16) are left unused
-    model = tiny(block_size=T, vocab_size=V, n_layer=1, n_head=1, n_kv_head=1, n_embd=32, rope_base=1e30, tie_embeddings=False)
-    one_hot = torch.zeros(V, 32)
-    one_hot[torch.arange(V), torch.arange(1, V + 1)] = 1.0
+    """Theorem 2: alpha = (0, 1), beta = (1, 0), one-hot embeddings and identity projections."""
+    C = 32  # this rope_base rotates channels 0 and 16 only, which no embedding uses
+    model = tiny(vocab_size=10, n_layer=1, n_head=1, n_embd=C, rope_base=1e30, tie_embeddings=False)
+    one_hot, identity = torch.eye(C)[1:V], torch.eye(C)
     attn = model.blocks[0].attn
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 2:
                 p.zero_()
-        model.embed.weight[:V] = one_hot
-        model.head.weight[:V] = one_hot
-        attn.qkv.weight[:32] = 100.0 * torch.eye(32)  # sharp: exp(-100 ...) is zero in float32
-        attn.qkv.weight[32:64] = torch.eye(32)
-        attn.qkv.weight[64:] = torch.eye(32)
-        attn.out.weight.copy_(torch.eye(32))
-        attn.shift.alpha.copy_(torch.tensor([[0.0], [1.0]]))
-        attn.shift.beta.copy_(torch.tensor([[1.0], [0.0]]))
-    attended = []
-    attn.out.register_forward_hook(lambda module, inputs, output: attended.append(output))
+        model.embed.weight.copy_(one_hot)
+        model.head.weight.copy_(one_hot)
+        attn.q.weight.copy_(100 * identity)  # sharp: the softmax is 0 or 1 in float32
+        for linear in (attn.k, attn.v, attn.out):
+            linear.weight.copy_(identity)
+        attn.shift["k"].weight.copy_(torch.tensor([0.0, 1.0])[:, None, None])
+        attn.shift["v"].weight.copy_(torch.tensor([1.0, 0.0])[:, None, None])
+    outputs = []
+    attn.out.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     for seed in range(20):
-        permutation = torch.randperm(V, generator=torch.Generator().manual_seed(seed))
-        idx = torch.cat([permutation, permutation[3:5]])[None]  # ... A B C ... A B: after A comes B, after B comes C
-        logits = model(idx)
-        assert logits[0, V:].argmax(-1).tolist() == permutation[4:6].tolist()
-        # not only the likeliest: attention returns the right token's value and nothing else
-        value = one_hot[permutation[4:6]] * 32**0.5  # RMSNorm's scale
-        torch.testing.assert_close(attended[-1][0, V:], value, atol=1e-4, rtol=0)
-    with torch.no_grad():  # and the same weights without the shift do not
-        attn.shift.alpha.copy_(torch.tensor([[1.0], [0.0]]))
-    assert (model(idx)[0, V:].argmax(-1) != permutation[4:6]).all()
-
-
-@pytest.mark.parametrize("kv_shift, window, kind", [*itertools.product(["kv", "qkv"], [2, 3], KINDS)])
-def test_gradients_of_the_scalars_agree_with_finite_differences(kv_shift, window, kind):
-    model = tiny(kv_shift=kv_shift, shift_window=window, shift_weights=kind).double()
-    randomize(model)
-    idx, targets = torch.randint(11, (2, 16)), torch.randint(11, (2, 16))
-    names, values = zip(*shift_parameters(model).items(), strict=True)
-    if kind == "clamp":  # inside, where there is a gradient
-        values = [torch.rand_like(p) * 0.8 + 0.1 for p in values]
-
-    def loss(*scalars):
-        return torch.func.functional_call(model, dict(zip(names, scalars, strict=True)), (idx, targets))
-
-    assert torch.autograd.gradcheck(loss, [p.detach().requires_grad_() for p in values])
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.data())
-def test_cached_logits_are_those_of_one_full_pass_in_any_chunking(data):
-    n_kv_head = data.draw(st.sampled_from([1, 2, 4]))
-    kv_shift, kind = data.draw(st.sampled_from(["none", *SHIFTS])), data.draw(st.sampled_from(KINDS))
-    window, T, B = data.draw(st.integers(2, 4)), data.draw(st.integers(1, 16)), data.draw(st.integers(1, 3))
-    per = data.draw(st.sampled_from(["head", "channel"]))
-    model = tiny(n_kv_head=n_kv_head, kv_shift=kv_shift, shift_window=window, shift_weights=kind, shift_per=per)
-    randomize(model, seed=data.draw(st.integers(0, 99)))
-    idx = torch.randint(11, (B, T))
-    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, T - 1)), max_size=T)) - {T})
-    chunkings = [cuts, list(range(1, T))]  # at random, and token by token
+        order = torch.randperm(10, generator=torch.Generator().manual_seed(seed))
+        idx = torch.cat([order, order[3:5]])[None]  # ... A B C ... A B: after A, B; after B, C
+        assert model(idx)[0, 10:].argmax(-1).tolist() == order[4:6].tolist()
+        value = one_hot[order[4:6]] * C**0.5  # scaled by RMSNorm; nothing else is added
+        torch.testing.assert_close(outputs[-1][0, 10:], value, atol=1e-4, rtol=0)
     with torch.no_grad():
-        full = model(idx)
-        for chunking in chunkings:
-            cache = model.new_cache(B, max_length=T)
-            logits = torch.cat([model(chunk, cache=cache) for chunk in idx.tensor_split(chunking, dim=1)], dim=1)
-            torch.testing.assert_close(logits, full, atol=1e-5, rtol=1e-5)
-        cache = model.new_cache(B)
-        logits = [model.step(idx[:, t, None], cache, torch.tensor([t])) for t in range(T)]  # as it is compiled
-        torch.testing.assert_close(torch.stack(logits, dim=1), full, atol=1e-5, rtol=1e-5)
-        alone = torch.cat([model(row[None]) for row in idx])  # and a batch is its sequences
-        torch.testing.assert_close(alone, full, atol=1e-5, rtol=1e-5)
+        attn.shift["k"].weight.copy_(torch.tensor([1.0, 0.0])[:, None, None])
+    assert (model(idx)[0, 10:].argmax(-1) != order[4:6]).all()  # without the shift of the keys
 
 
-def test_a_text_too_long_for_the_context_is_an_error():
-    model = tiny()
-    with pytest.raises(ValueError, match="17 tokens do not fit block_size=16"):
-        model(torch.zeros(1, 17, dtype=torch.long))
-    cache = model.new_cache(1)
-    model(torch.zeros(1, 10, dtype=torch.long), cache=cache)
-    with pytest.raises(ValueError, match="17 tokens"):
-        model(torch.zeros(1, 7, dtype=torch.long), cache=cache)
-
-
-@pytest.mark.parametrize("prompt_length, block_size", [(3, 16), (16, 16), (40, 16), (1, 1), (3, 2), (5, 5)])
-def test_greedy_text_goes_on_beyond_the_context_as_documented(prompt_length, block_size):
+@pytest.mark.parametrize("prompt_length, block_size", [(3, 16), (16, 16), (40, 16), (1, 1), (3, 2)])
+def test_greedy_text_continues_beyond_the_context_as_documented(prompt_length, block_size):
     model = randomize(tiny(block_size=block_size))
-    prompt = torch.randint(11, (2, prompt_length))
+    prompt = torch.randint(V, (2, prompt_length))
     text, context = prompt, prompt[:, -block_size:]
     for _ in range(40):  # the rule of `GPT.stream`, without a cache
         if context.size(1) > block_size:
             context = text[:, -max(1, block_size // 2) :]
         token = model(context)[:, -1].argmax(-1, keepdim=True)
-        text, context = torch.cat([text, token], 1), torch.cat([context, token], 1)
+        text, context = torch.cat([text, token], dim=1), torch.cat([context, token], dim=1)
     assert torch.equal(model.generate(prompt, 40, temperature=0), text)
     assert torch.equal(model.generate(prompt, 40, temperature=5.0, top_k=1), text)
     assert torch.equal(model.generate(prompt, 40, temperature=5.0, top_p=1e-9), text)
@@ -201,94 +228,80 @@ def test_greedy_text_goes_on_beyond_the_context_as_documented(prompt_length, blo
 
 
 def test_draws_follow_the_filtered_probabilities():
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf])
-    cases = [({"temperature": 1.0}, logits), ({"temperature": 2.0}, logits / 2),
-             ({"top_k": 2}, torch.tensor([2.0, 1.0] + [-torch.inf] * 3)),
-             ({"temperature": 1e-45}, torch.tensor([0.0] + [-torch.inf] * 4)),
-             # 0.64 + 0.24 < 0.9, so the third stays and the fourth goes
-             ({"top_p": 0.9}, torch.tensor([2.0, 1.0, 0.0, -torch.inf, -torch.inf])),
-             ({"top_k": 3, "top_p": 0.6}, torch.tensor([2.0] + [-torch.inf] * 4))]
+    logits, inf = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf]), torch.inf
+    cases = [({}, logits), ({"temperature": 2.0}, logits / 2),
+             ({"temperature": 1e-45}, torch.tensor([0.0, -inf, -inf, -inf, -inf])),
+             ({"top_k": 2}, torch.tensor([2.0, 1.0, -inf, -inf, -inf])),
+             ({"top_p": 0.9}, torch.tensor([2.0, 1.0, 0.0, -inf, -inf])),  # .64 + .24 < .9
+             ({"top_k": 3, "top_p": 0.6}, torch.tensor([2.0, -inf, -inf, -inf, -inf]))]
     for options, kept in cases:
-        draws = sample(logits.repeat(40_000, 1), generator=torch.Generator().manual_seed(0), **options)
+        generator = torch.Generator().manual_seed(0)
+        draws = sample(logits.repeat(40_000, 1), generator=generator, **options)
         shares = torch.bincount(draws, minlength=5) / len(draws)
         assert (shares - kept.softmax(0)).abs().max() < 0.01, options
-        assert (shares[kept == -torch.inf] == 0).all(), options
+        assert (shares[kept == -inf] == 0).all(), options
+    assert len(set(sample(torch.zeros(1000, 5), top_k=2).tolist())) == 2  # also where logits tie
 
 
-def test_padded_ids_are_never_sampled_nor_counted_in_the_loss():
-    assert tiny(vocab_size=1023).embed.weight.shape[0] == 1023  # where there are few rows, there is none to add
-    model = tiny(vocab_size=1025)
+def test_generation_stops_when_all_sequences_have_produced_the_stop_token():
+    model = randomize(tiny())
+    prompt = torch.randint(V, (2, 3))
+    free = model.generate(prompt, 12, temperature=0)
+    stop = free[0, 5].item()
+    stopped = model.generate(prompt, 12, temperature=0, stop_token=stop)
+    for row, expected in zip(stopped[:, 3:].tolist(), free[:, 3:].tolist(), strict=True):
+        end = expected.index(stop) + 1 if stop in expected else len(row)
+        assert row == expected[:end] + [stop] * (len(row) - end)
+
+
+def test_padded_ids_are_neither_sampled_nor_part_of_the_loss():
+    model, idx = tiny(vocab_size=1025), torch.tensor([[0, 1]])
     assert model.embed.weight.shape[0] == 1088
-    before = model(torch.tensor([[0, 1]]), torch.tensor([[1, 2]]))
+    loss = model(idx, idx)
     with torch.no_grad():
         model.embed.weight[1025:] = 100.0
-    assert torch.equal(model(torch.tensor([[0, 1]]), torch.tensor([[1, 2]])), before)
-    assert model(torch.tensor([[0, 1]])).shape == (1, 2, 1025)
-    drawn = model.generate(torch.zeros(500, 1, dtype=torch.long), 12, temperature=100.0)
-    assert 1000 < drawn.max() < 1025
+    assert torch.equal(model(idx, idx), loss) and model(idx).shape == (1, 2, 1025)
 
 
-def test_generation_stops_where_all_sequences_have():
+def test_the_loss_ignores_minus_one_in_whole_and_in_chunks():
     model = randomize(tiny())
-    prompt = torch.zeros(8, 1, dtype=torch.long)
-    text = model.generate(prompt, 200, temperature=2.0, stop_token=5, generator=torch.Generator().manual_seed(0))[:, 1:]
-    ends = [row.tolist().index(5) for row in text]
-    assert len(set(ends)) > 1 and text.size(1) == max(ends) + 1
-    assert all((row[end:] == 5).all() for row, end in zip(text, ends, strict=True))
+    idx, targets = torch.randint(V, (2, 3, T))
+    targets[0, :5] = -1
+    logits = model(idx).flatten(0, 1).log_softmax(-1)
+    picked = -logits[torch.arange(3 * T), targets.flatten()][targets.flatten() >= 0]
+    gradients = []
+    for options in (None, torch.nn.LinearCrossEntropyOptions()):
+        model.loss_options = options
+        torch.testing.assert_close(model(idx, targets, reduction="sum"), picked.sum())
+        loss = model(idx, targets)
+        torch.testing.assert_close(loss, picked.mean())
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    torch.testing.assert_close(*gradients)
+    model.loss_options = None
+    assert model(idx, torch.full_like(targets, -1)).item() == 0.0  # and not NaN
 
 
-def test_loss_ignores_minus_one_and_sums_or_averages():
-    model = randomize(tiny())
-    idx, targets = torch.randint(11, (2, 16)), torch.randint(11, (2, 16))
-    targets[0, :9] = -1
-    log_p = model(idx).log_softmax(-1)
-    kept = [-log_p[b, t, targets[b, t]] for b in range(2) for t in range(16) if targets[b, t] >= 0]
-    torch.testing.assert_close(model(idx, targets, reduction="sum"), sum(kept))
-    torch.testing.assert_close(model(idx, targets), sum(kept) / 23)
+def test_options_that_were_not_given_follow_the_others():
+    config = replace(GPTConfig(vocab_size=V, n_head=4, n_embd=64), n_head=8, n_embd=128)
+    block = GPT(config).blocks[0]
+    assert (config.n_kv_head, block.attn.n_kv_head, block.mlp.up.out_features) == (None, 8, 352)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_recomputing_changes_neither_loss_nor_gradients(reduction):
-    model = randomize(tiny())
-    idx, targets = torch.randint(11, (70, 16)), torch.randint(-1, 11, (70, 16))  # 1120 tokens: two pieces of the loss
-    found = []
-    for model.recompute in (False, True):
-        model.zero_grad()
-        loss = model(idx, targets, reduction=reduction)
-        loss.backward()
-        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("kv_shift", ["none", "kv"])
-def test_estimated_flops_are_those_that_torch_counts(kv_shift):
-    config = GPTConfig(block_size=32, vocab_size=100, n_layer=2, n_head=4, n_kv_head=4, n_embd=32, kv_shift=kv_shift)
-    model = GPT(config)
-    idx = torch.zeros(3, 32, dtype=torch.long)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(idx, idx).backward()
-    assert counter.get_total_flops() == 3 * 32 * estimate_flops(config)
-    grouped = GPTConfig(**vars(config) | {"n_kv_head": 1})  # fewer weights in products, attention as before
-    assert estimate_flops(config) - estimate_flops(grouped) == 6 * 2 * 2 * 32 * 3 * 8
-
-
-def test_peak_flops_knows_the_device_names_that_torch_gives():
-    assert peak_flops("NVIDIA H100 80GB HBM3") == PEAK_FLOPS["H100"] != peak_flops("NVIDIA H100 PCIe")
-    assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12 and peak_flops("NVIDIA L40S") != peak_flops("NVIDIA L4")
-    assert peak_flops("cpu") is peak_flops("NVIDIA RTX A4000") is peak_flops("NVIDIA T400") is None
+def test_norm_eps_reaches_every_norm():
+    norms = [m for m in tiny(norm_eps=1e-5).modules() if isinstance(m, torch.nn.RMSNorm)]
+    assert [norm.eps for norm in norms] == [1e-5] * 5
 
 
 def test_bfloat16_stays_bfloat16():
-    model = tiny().bfloat16()
-    dtypes = set()
-    for block in model.blocks:
-        for module in block.modules():
-            module.register_forward_hook(lambda m, i, o: dtypes.update(x.dtype for x in (o if isinstance(o, list) else [o])))
-    model(torch.randint(11, (2, 16)))
-    assert dtypes == {torch.bfloat16}
+    model, idx = tiny().to(torch.bfloat16), torch.randint(V, (1, 4))
+    assert model(idx).dtype == model(idx, cache=model.new_cache(1)).dtype == torch.bfloat16
 
 
-def test_the_model_is_one_file_that_needs_torch_alone():
-    source = open(model_module.__file__).read()
-    assert {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))} == {
-        "collections", "dataclasses", "typing", "torch"}
+@pytest.mark.parametrize("options, message", [
+    ({"n_embd": 18}, "n_embd=18"), ({"n_kv_head": 3}, "n_kv_head=3"), ({"n_layer": 0}, "n_layer=0"),
+    ({"shift_window": 1}, "shift_window=1"), ({"dropout": 1.0}, "dropout=1.0"),
+    ({"shift_init": "identity", "shift_weights": "gate"}, "gate cannot reach"),
+    ({"rope_base": float("nan")}, "rope_base=nan"), ({"norm_eps": 0.0}, "norm_eps=0.0")])
+def test_options_that_make_no_model_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**options)

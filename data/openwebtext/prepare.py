@@ -1,161 +1,142 @@
-"""OpenWebText by GPT-2's BPE: 8 million web pages, 39.8 GB of text, 9 billion tokens.
+"""OpenWebText with GPT-2's BPE: 8 million web pages, 40 GB of text, 9 billion tokens.
 
-    pip install datasets
-    python data/openwebtext/prepare.py                              streams it from the Hugging Face hub (24 GB)
-    python data/openwebtext/prepare.py --input='pages/*.jsonl.gz'   takes local files instead
+    pip install huggingface_hub pyarrow
+    python data/openwebtext/prepare.py                              downloads 80 files of 0.3 GB
+    python data/openwebtext/prepare.py --input='pages/*.jsonl.gz'   reads local files
     python train.py config/gpt2.py
 
-Local files are .jsonl or .parquet, a document in each row's "text" (.parquet needs pyarrow), or .txt, where a line
-<|endoftext|> ends a document; .jsonl.gz and .txt.gz as well. A document goes to train or val by a hash of it. Stopped or
-killed, it goes on where it was when the same command is given again; the corpus is the same.
+Local files are .jsonl or .parquet with a document in each row's "text" (.parquet needs pyarrow), or
+.txt with documents separated by lines <|endoftext|>; also .jsonl.gz and .txt.gz. A document goes to
+train or val by a hash of its content. Rerun the same command to resume.
 """
 
 import glob
 import gzip
+import hashlib
 import json
+import os
+import shutil
 import sys
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from config import UserError, parse, run
-from data import FOLDER, Tokenizer, is_complete
-from data.tokenizing import Files, check, fingerprint, pieces, plan, write_corpus
+from data import FOLDER
+from data.tokenizing import Job, read_text, write_corpus
 
-HUB = "Skylion007/openwebtext"  # served as 80 parquet files
-TEXT = 39_769_491_688  # bytes of text in it
-COMPRESSION = {".gz": 3.0, ".parquet": 1.7}  # bytes of text for a byte of such a file, roughly
+HUB, REVISION = "Skylion007/openwebtext", "79d93d786212f7344586290adb811d4ae6a1762c"
+HUB_FILES = [f"plain_text/train-{i:05d}-of-00080.parquet" for i in range(80)]
+HUB_SIZE = 300_000_000  # of each, about
 
 
 @dataclass
 class PrepareConfig:
-    input: str = ""  # local files as a pattern, --input='pages/*.jsonl.gz'; empty: OpenWebText from the Hugging Face hub
+    input: str = ""  # pattern of local files, --input='pages/*.jsonl.gz'; empty: Hugging Face hub
     name: str = "openwebtext"  # the corpus is written to data/NAME
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # GPT-2's BPE | 256 bytes
-    val_fraction: float = 0.0012  # how many of the documents are val: of OpenWebText 10.8M tokens
-    workers: int = 0  # how many processes tokenize; 0: as many as there are cores, where it pays
+    val_fraction: float = 0.0012  # fraction of the documents that become val
+    workers: int = 0  # processes that download and tokenize; 0: one for each core
 
     def __post_init__(self):
-        check(self, own="openwebtext")
-
-
-class Hub:
-    """The documents of OpenWebText as the hub serves them; like data.tokenizing.Files."""
-
-    def __init__(self):
-        try:
-            import datasets
-            import huggingface_hub  # comes with it
-        except ImportError:
-            raise UserError("the Hugging Face hub is read by their package: pip install datasets "
-                            "(or pass local files as --input='*.jsonl.gz')") from None
-        self.load, self.newest = datasets.load_dataset, lambda: huggingface_hub.dataset_info(HUB).sha
-        self.name, self.total, self.recipe = HUB, TEXT, {"input": HUB}
-        self.start = {"revision": None, "rows": None, "done": 0}
-
-    def __iter__(self):
-        """Yields as Files does; a document is one piece."""
-        try:
-            self.revision = self.start["revision"] or self.newest()  # what changes there must not get into a run under way
-            self.rows = self.load(HUB, split="train", streaming=True, revision=self.revision)
-            if self.start["rows"]:
-                self.rows.load_state_dict(self.start["rows"])
-            self.done = self.start["done"]
-            for row in self.rows:
-                raw = document(row, HUB)
-                self.done += len(raw)
-                if raw:
-                    yield raw, True, fingerprint(raw), HUB
-        except UserError:
-            raise
-        except Exception as error:  # of the network, of the hub, of several libraries
-            raise UserError(f"cannot read {HUB} from the Hugging Face hub ({type(error).__name__}: {error}); the same command "
-                            "tries again and keeps what is done, and --input=... takes local files instead") from None
-
-    @property
-    def place(self) -> dict:
-        return {"revision": self.revision, "rows": self.rows.state_dict(), "done": self.done}
-
-
-def document(row, where: str) -> bytes:
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise UserError(f"{where}: a document needs a \"text\" that is a string")
-    return row["text"].encode("utf-8", "replace")  # JSON can spell half a character, UTF-8 cannot
-
-
-def read_jsonl(path, f):
-    for number, line in enumerate(f, 1):
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except UnicodeDecodeError:
-            raise UserError(f"{where}: is not UTF-8") from None
-        except ValueError as error:
-            raise UserError(f"{where}: is not JSON ({error})") from None
-        yield document(row, where), True
-
-
-def read_parquet(path, f):
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise UserError(f"{path}: .parquet files are read by pyarrow: pip install pyarrow") from None
-    try:
-        for batch in parquet.ParquetFile(f).iter_batches(256, columns=["text"]):
-            for row in batch.to_pylist():
-                yield document(row, path), True
-    except ArrowException as error:
-        raise UserError(f"{path}: is not the parquet file of texts that it should be ({error})") from None
-
-
-READERS = {".jsonl": read_jsonl, ".txt": lambda path, f: pieces(f), ".parquet": read_parquet}
-
-
-def kind_of(path: str) -> str:
-    """.jsonl, .txt or .parquet."""
-    kind = Path(path.removesuffix(".gz")).suffix
-    if kind not in READERS or path.endswith(".parquet.gz"):
-        raise UserError(f"{path}: must be .jsonl, .jsonl.gz, .txt, .txt.gz or .parquet")
-    return kind
-
-
-def read(path, f):
-    """Yields (bytes, whether a document ends here) of any of these files."""
-    try:
-        yield from READERS[kind_of(path)](path, gzip.open(f) if path.endswith(".gz") else f)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: is damaged, or not gzip ({error})") from None
-
-
-def by_hash(source, val_fraction: float):
-    """Each document to train or, if its hash says so, to val."""
-    for raw, ends, hexadecimal, where in source:
-        split = "val" if int(hexadecimal, 16) < val_fraction * 2**64 else "train"
-        yield [(split, raw, ends, where)]
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction={self.val_fraction} must be between 0 and 1")
 
 
 def main():
-    config = parse(PrepareConfig, sys.argv[1:])
+    config = parse(PrepareConfig)
+    folder = FOLDER / config.name
+    options = {"tokenizer": config.tokenizer, "val_fraction": config.val_fraction}
     if config.input:
         paths = sorted(glob.glob(config.input, recursive=True))
         if not paths:
-            raise UserError(f"no file is like --input={config.input!r}")
-        source = Files(paths, read)
-        text = sum(size * COMPRESSION.get(Path(path).suffix, 1.0) for path, size in zip(paths, source.sizes, strict=True))
-        what = f"{len(paths)} files, {source.total / 1e6:,.1f} MB"
+            raise UserError(f"no file matches --input={config.input!r}")
         for path in paths:
-            kind_of(path)
+            if suffix(path) not in READERS:
+                raise UserError(f"{path} must be .jsonl, .jsonl.gz, .txt, .txt.gz or .parquet")
+        sizes = [os.path.getsize(path) for path in paths]
+        options["input"] = [[Path(path).name, n] for path, n in zip(paths, sizes, strict=True)]
+        readers = [partial(read_file, path) for path in paths]
     else:
-        source, text, what = Hub(), TEXT, "OpenWebText: 24 GB to download, and not kept; 39.8 GB of text"
-    folder = FOLDER / config.name
-    recipe = source.recipe | {"tokenizer": config.tokenizer, "val_fraction": config.val_fraction}
-    if is_complete(folder, recipe):
-        return
-    workers = plan(folder, config.tokenizer, text, config.workers, what)
-    parts = by_hash(source, config.val_fraction)
-    write_corpus(folder, Tokenizer({"kind": config.tokenizer}), source, parts, recipe, workers)
+        options["input"], sizes = f"{HUB} at {REVISION}", [HUB_SIZE] * len(HUB_FILES)
+        readers = [partial(read_hub, name, folder / ".hub.tmp") for name in HUB_FILES]
+    jobs = [Job(size, partial(split_by_hash, reader, config.val_fraction))
+            for size, reader in zip(sizes, readers, strict=True)]
+    write_corpus(folder, {"kind": config.tokenizer}, options, jobs, config.workers)
+    shutil.rmtree(folder / ".hub.tmp", ignore_errors=True)
+
+
+def split_by_hash(reader, val_fraction: float):
+    for raw in reader():
+        digest = hashlib.sha256(raw[: 1 << 16]).digest()
+        is_val = int.from_bytes(digest[:8], "big") < val_fraction * 2**64
+        if raw:
+            yield "val" if is_val else "train", raw, True
+
+
+def read_hub(name: str, folder: Path):
+    """Yields the documents of a file of the hub, which is not kept."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from pyarrow import parquet  # noqa: F401, which read_file needs
+
+        path = hf_hub_download(HUB, name, repo_type="dataset", revision=REVISION, local_dir=folder)
+    except ImportError:
+        raise UserError("pip install huggingface_hub pyarrow, or pass local files as --input"
+                        ) from None
+    except Exception as error:  # of the network, the hub or a library
+        raise UserError(f"cannot download {name} ({type(error).__name__}: {error}): rerun the "
+                        "same command to resume, or pass local files as --input") from None
+    yield from read_file(path)
+    os.unlink(path)
+
+
+def suffix(path: str) -> str:
+    return Path(path.removesuffix(".gz")).suffix
+
+
+def read_file(path: str):
+    """Yields the documents of a file."""
+    try:
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as f:
+            yield from READERS[suffix(path)](f)
+    except ImportError:
+        raise UserError(f"{path}: pip install pyarrow") from None
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zlib.error,
+            gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is damaged, or not what its name says "
+                        f"({type(error).__name__}: {error})") from None
+
+
+def read_txt(f):
+    document = b""
+    for raw, ends in read_text(f, f.name):
+        document += raw
+        if ends:
+            yield document
+            document = b""
+
+
+def read_jsonl(f):
+    for number, line in enumerate(f, 1):
+        try:
+            yield json.loads(line)["text"].encode("utf-8", "replace")  # JSON allows surrogates
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"line {number} must be an object with a text, {error}") from None
+
+
+def read_parquet(f):
+    from pyarrow import parquet
+
+    for batch in parquet.ParquetFile(f).iter_batches(256, columns=["text"]):
+        for text in batch["text"].to_pylist():
+            yield text.encode()
+
+
+READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
 
 
 if __name__ == "__main__":

@@ -1,49 +1,61 @@
-"""The built-in corpus: the source of your own Python's standard library, as bytes. Nothing is downloaded.
+"""The default corpus: the standard library of your own Python as bytes, about 11 MB of source.
 
     python data/pystdlib/prepare.py
 
-Tests and site-packages are left out, which leaves about 11 MB. A file goes to train or (one in ten) to val by a hash of
-its name; a zero byte ends each file.
+Tests and site-packages are left out. One file in ten is val, by a hash of its name. A zero byte
+ends each file. Nothing is downloaded.
 """
 
 import hashlib
 import sys
 import sysconfig
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from config import UserError, run
-from data import Corpus, CorpusWriter, Tokenizer
+from config import UserError, parse, run
+from data import Corpus
+from data.tokenizing import Job, write_corpus
+
+import numpy as np
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
+@dataclass
+class PrepareConfig:
+    pass  # no options but --help
+
+
 def main():
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    parse(PrepareConfig)
+    folder, stdlib = Path(__file__).parent, Path(sysconfig.get_paths()["stdlib"])
     paths = [path.relative_to(stdlib) for path in stdlib.rglob("*.py")]
     names = sorted(path.as_posix() for path in paths if not LEFT_OUT & set(path.parts))
     if not names:
-        raise UserError(f"no Python sources in {stdlib}; --dataset=shakespeare_char or a text of your own will do instead")
-    tokenizer = Tokenizer({"kind": "bytes"})
-    folder = Path(__file__).parent
-    with CorpusWriter(folder, tokenizer, source=f"standard library of Python {sys.version.split()[0]}") as corpus:
-        for name in names:
-            split = "val" if hashlib.sha256(name.encode()).digest()[0] < 26 else "train"
-            corpus.write(split, tokenizer.encode((stdlib / name).read_bytes() + b"\0"))
-    print(f"{len(names):,} files, {corpus.counts['train']:,} bytes to train on, {corpus.counts['val']:,} to validate")
-    print(f"a bigram model of the bytes reaches a val loss of {bigram_loss(Corpus(folder)):.3f} nats")
+        raise UserError(f"no Python source in {stdlib}: try --dataset=shakespeare_char")
+    size = sum((stdlib / name).stat().st_size for name in names)
+    options = {"python": sys.version.split()[0], "files": len(names), "bytes": size}
+    write_corpus(folder, {"kind": "bytes"}, options, [Job(size, partial(read, stdlib, names))])
+    print(f"{len(names):,} files, {size:,} bytes; a bigram model of the bytes has a val loss of "
+          f"{bigram_loss(Corpus(folder)):.3f} nats")
 
 
-def bigram_loss(corpus) -> float:
-    """Mean -log p(byte | byte before it) on val, in nats, p counted on train with one added to each count."""
-    pairs = {}
-    for split in ("train", "val"):
-        ids = np.fromfile(corpus.folder / f"{split}.bin", corpus.dtype).astype(np.int64)
-        pairs[split] = np.bincount(256 * ids[:-1] + ids[1:], minlength=256 * 256).reshape(256, 256)
-    p = (pairs["train"] + 1) / (pairs["train"] + 1).sum(axis=1, keepdims=True)
-    return float(-(pairs["val"] * np.log(p)).sum() / pairs["val"].sum())
+def read(stdlib: Path, names: list[str]):
+    for name in names:
+        split = "val" if hashlib.sha256(name.encode()).digest()[0] < 26 else "train"
+        yield split, (stdlib / name).read_bytes(), True
+
+
+def bigram_loss(corpus: Corpus) -> float:
+    """Mean of -log p(byte | previous byte) on val in nats. p: the counts on train, plus one."""
+    counts = {}
+    for split, n in corpus.tokens.items():
+        ids = corpus.windows(split, [0], n - 1)[0]
+        counts[split] = np.bincount(256 * ids[:-1] + ids[1:], minlength=1 << 16).reshape(256, 256)
+    p = (counts["train"] + 1) / (counts["train"] + 1).sum(axis=1, keepdims=True)
+    return float(-(counts["val"] * np.log(p)).sum() / counts["val"].sum())
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
-"""Tiny Shakespeare (1.1 MB) by character: the first 90% to train on, the last 10% to validate.
+"""Tiny Shakespeare (1.1 MB) by character: the first 90% are train, the last 10% val.
 
     python data/shakespeare_char/prepare.py                    downloads it
-    python data/shakespeare_char/prepare.py --input=FILE       takes a local copy instead
+    python data/shakespeare_char/prepare.py --input=FILE       reads a local copy
 """
 
+import functools
 import hashlib
 import sys
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from config import UserError, parse, run
-from data import CorpusWriter, Tokenizer
+from data.tokenizing import Job, write_corpus
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SIZE, SHA256 = 1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 @dataclass
@@ -25,31 +25,30 @@ class PrepareConfig:
     url: str = URL  # where to download it
 
 
+def main():
+    config = parse(PrepareConfig)
+    job = Job(SIZE, functools.cache(lambda: list(read(config))))  # the alphabet needs it, too
+    write_corpus(Path(__file__).parent, {"kind": "char"}, {"sha256": SHA256}, [job])
+
+
+def read(config: PrepareConfig):
+    raw = Path(config.input).read_bytes() if config.input else download(config.url)
+    if (found := hashlib.sha256(raw).hexdigest()) != SHA256:
+        raise UserError(f"{config.input or config.url} is not tiny Shakespeare: it has "
+                        f"{len(raw):,} bytes and sha256 {found}")
+    n_train = int(0.9 * len(raw))  # all characters are ASCII
+    yield "train", raw[:n_train], False
+    yield "val", raw[n_train:], False
+
+
 def download(url: str) -> bytes:
-    print(f"downloading {url} (1.1 MB; 2.3 MB of disk for the corpus)")
+    print(f"downloading {url} (1.1 MB)")
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
-            if response.status != 200:
-                raise UserError(f"{url} answers with status {response.status}; pass a local copy as --input=FILE")
             return response.read()
-    except (OSError, ValueError) as error:  # URLError, HTTPError and time-outs are OSErrors
-        raise UserError(f"cannot download {url} ({error}); pass a local copy as --input=FILE") from None
-
-
-def main():
-    config = parse(PrepareConfig, sys.argv[1:])
-    raw = Path(config.input).read_bytes() if config.input else download(config.url)
-    found = hashlib.sha256(raw).hexdigest()
-    if found != SHA256:
-        raise UserError(f"{config.input or config.url} is not tiny Shakespeare: it has {len(raw):,} bytes and sha256 {found}")
-    text = raw.decode()
-    tokenizer = Tokenizer({"kind": "char", "chars": "".join(sorted(set(text)))})
-    ids = tokenizer.encode(text)
-    n_train = int(0.9 * len(ids))
-    with CorpusWriter(Path(__file__).parent, tokenizer, source=URL) as corpus:
-        corpus.write("train", ids[:n_train])
-        corpus.write("val", ids[n_train:])
-    print(f"{tokenizer.vocab_size} different characters; {n_train:,} to train on, {len(ids) - n_train:,} to validate")
+    except (OSError, ValueError) as error:  # URLError, HTTPError and timeouts are OSErrors
+        raise UserError(f"cannot download {url} ({error}): pass a local copy as --input=FILE"
+                        ) from None
 
 
 if __name__ == "__main__":
