@@ -112,7 +112,7 @@ def restore(checkpoint: dict, model, optimizers=()):
 def load_resumable(config, corpus) -> dict | None:
     """The checkpoint to resume from; None for a new run."""
     path = Path(config.out_dir) / "ckpt.pt"
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # resume=no is done then
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
     if not path.exists() or (config.resume == "no" and not restarted):
         if config.resume == "yes":
             raise UserError(f"resume=yes, but there is no {path}")
@@ -134,10 +134,13 @@ def load_resumable(config, corpus) -> dict | None:
 def differences(checkpoint: dict, config, corpus) -> list[str]:
     """How the run of a checkpoint differs from config's, in words."""
     free = FREE_TO_CHANGE | ({"max_steps"} if config.lr_schedule == "constant" else set())
-    saved = {f.name: f.default for f in fields(config)} | checkpoint["config"]
+    defaults = {f.name: f.default for f in fields(config)}  # of options the checkpoint lacks
+    saved = defaults | checkpoint["config"]
     differ = [f"{name} was {saved[name]!r}, is {value!r}" for name, value in asdict(config).items()
               if name not in free and saved[name] != value]
-    return differ or ["the corpus has changed"] * (checkpoint["corpus"] != corpus.checksum)
+    if not differ and checkpoint["corpus"] != corpus.checksum:
+        differ = ["the corpus has changed"]
+    return differ
 
 
 def move_aside(out_dir, names: list[str]):
@@ -151,7 +154,7 @@ def move_aside(out_dir, names: list[str]):
         for path in paths:
             path.rename(aside / path.name)
         moved = ", ".join(path.name for path in paths)
-        print(f"moved {moved} (of another run, or damaged) to {aside}")
+        print(f"moved {moved} to {aside}")
 
 
 def start_log(path: Path, header: dict):
@@ -163,7 +166,8 @@ def start_log(path: Path, header: dict):
             if json.loads(line)["step"] <= header["step"]:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
-            damaged |= i < len(lines) - 1  # a killed run may leave half a line at the end
+            if i < len(lines) - 1:  # a killed run may leave half a line at the end
+                damaged = True
     if damaged:
         move_aside(path.parent, [path.name])
     with atomic_write(path) as f:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 @dataclass
 class GPTConfig:
     block_size: int = 256  # context length in tokens
-    vocab_size: int | None = None  # number of token ids; None: that of the corpus (train.py)
+    vocab_size: int | None = None  # token ids; None: those of the corpus; GPUs like multiples of 64
     n_layer: int = 6  # blocks
     n_head: int = 6  # query heads per block
     n_kv_head: int | None = None  # key/value heads per block; None: n_head
@@ -31,7 +31,7 @@ class GPTConfig:
     tie_embeddings: bool = True  # the output head shares the matrix of the token embedding
     kv_shift: Literal["none", "kv", "k", "v", "qkv"] = "kv"  # projections to shift; kv: the paper's
     shift_window: int = 2  # tokens in a mix, the current one included; 2: the paper's
-    shift_weights: Literal["free", "gate", "clamp"] = "free"  # as they are | softmax | in [0, 1]
+    shift_weights: Literal["free", "gate", "clamp"] = "free"  # unconstrained | softmax | in [0, 1]
     shift_per: Literal["head", "channel"] = "head"  # one set of weights per head | per channel
     shift_init: Literal["uniform", "identity"] = "uniform"  # the paper's U(0, 1) | start as vanilla
 
@@ -59,12 +59,6 @@ class GPTConfig:
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding: a multiple of 64 (for tensor cores) from 1,024 ids on. The added
-        ids are never predicted."""
-        return self.vocab_size if self.vocab_size < 1024 else -(-self.vocab_size // 64) * 64
 
 
 class KVShift(nn.Module):
@@ -115,16 +109,13 @@ class KVShift(nn.Module):
         return w.unbind()
 
     def forward(self, x, past=None):
-        """x: (B, T, n_head, head_dim). past: the window - 1 unmixed rows before x; None: zeros."""
-        T, n_past = x.size(1), self.window - 1
+        """x: (B, T, n_head, head_dim). past: the window - 1 rows before x, unmixed; None: zeros."""
+        n = self.window - 1
         if past is None:
-            past = x.new_zeros(x.size(0), n_past, *x.shape[2:])
-        rows = torch.cat([past, x], dim=1)
-        w = [w.to(x.dtype) for w in self.weights(x)]
-        y = w[0] * x
-        for i in range(1, self.window):
-            y = torch.addcmul(y, w[i], rows[:, n_past - i : n_past - i + T])
-        return y
+            past = x.new_zeros(x.size(0), n, *x.shape[2:])
+        rows = torch.cat([past, x], dim=1)  # (B, window - 1 + T, n_head, head_dim)
+        return sum(w.to(x.dtype) * rows[:, n - i : rows.size(1) - i]
+                   for i, w in enumerate(self.weights(x)))
 
 
 class Cache:
@@ -158,11 +149,6 @@ class Cache:
         for stored, new in zip(self.kv[module], (k, v), strict=True):
             stored[:, :, self.length : end] = new
         return [stored[:, :, :end] for stored in self.kv[module]]
-
-    def clear(self):
-        self.length = 0
-        for past in self.past.values():
-            past.zero_()
 
 
 def rotary(start, end, head_dim, base, device):
@@ -251,23 +237,23 @@ class GPT(nn.Module):
             raise ValueError("vocab_size is not set")
         self.config = c = config
         rng_state = torch.get_rng_state()
-        self.embed = nn.Embedding(c.padded_vocab_size, c.n_embd)
+        self.embed = nn.Embedding(c.vocab_size, c.n_embd)
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
         if not c.tie_embeddings:
-            self.head = nn.Linear(c.n_embd, c.padded_vocab_size, bias=False)
-        self.loss_options = None  # LinearCrossEntropyOptions() computes the loss in chunks
-        torch.set_rng_state(rng_state)  # as if the layers had not drawn weights of their own
+            self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.loss_options = None  # LinearCrossEntropyOptions(): never stores all logits
+        torch.set_rng_state(rng_state)  # undoes the draws of the constructors, shifts included
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
         """Matrices ~ N(0, 0.02^2), those that end a residual branch (out, down) scaled down by
-        sqrt(2 n_layer) as in GPT-2; norms 1. The shifts are drawn last, so that a vanilla and a
-        shifted model of one seed share all other weights."""
+        sqrt(2 n_layer) as in GPT-2; norms 1. Shifts are drawn last, by reset_parameters, so that
+        a vanilla and a shifted model with the same seed share all other weights."""
         for name, p in self.named_parameters():
-            if p.ndim == 2:
+            if p.ndim == 2 and ".shift." not in name:
                 ends_branch = name.endswith(("out.weight", "down.weight"))
                 p.normal_(std=0.02 / (2 * self.config.n_layer) ** 0.5 if ends_branch else 0.02)
         for module in self.modules():
@@ -303,9 +289,7 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def head_weight(self):
-        """The output matrix (V, C), without the padded rows."""
-        weight = self.embed.weight if self.config.tie_embeddings else self.head.weight
-        return weight[: self.config.vocab_size]
+        return (self.embed if self.config.tie_embeddings else self.head).weight  # (V, C)
 
     def logits(self, x):
         return F.linear(x, self.head_weight())
@@ -316,7 +300,7 @@ class GPT(nn.Module):
         is left out."""
         c = self.config
         n = sum(p.numel() for block in self.blocks for p in block.parameters() if p.ndim == 2)
-        return 6 * (n + c.padded_vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
+        return 6 * (n + c.vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
 
     def new_cache(self, batch_size: int, max_length: int | None = None) -> Cache:
         """An empty cache for up to max_length tokens (None, and at most: block_size)."""
@@ -340,7 +324,7 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             if cache.length + new.size(1) > block_size:
                 new = text[:, -max(1, block_size // 2) :]
-                cache.clear()
+                cache = self.new_cache(idx.size(0))
             logits = self.logits(self.hidden(new, cache)[:, -1])
             token = sample(logits, temperature, top_k, top_p, generator)
             if stop_token is not None:

@@ -40,6 +40,7 @@ from model import GPT, GPTConfig
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -84,13 +85,16 @@ class TrainConfig(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in {"batch_size": 1, "max_steps": 1, "log_every": 1, "eval_every": 1,
-                            "checkpoint_every": 1, "timeout": 1, "seed": 0, "learning_rate": 0,
-                            "min_lr": 0, "warmup_steps": 0, "weight_decay": 0, "grad_clip": 0,
-                            "eval_tokens": 0, "beta1": 0, "beta2": 0}.items():
-            limit = 1 if name.startswith("beta") else 2**32
-            if not least <= getattr(self, name) < limit:
-                raise ValueError(f"{name}={getattr(self, name)} must be in [{least}, {limit})")
+        for name in ("batch_size", "max_steps", "log_every", "eval_every", "checkpoint_every",
+                     "timeout"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("seed", "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip",
+                     "eval_tokens"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 2^32)")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"beta1={self.beta1} and beta2={self.beta2} must be in [0, 1)")
         if self.fsdp and self.optimizer == "muon":
             raise ValueError("optimizer=muon needs whole matrices, which fsdp=True shards")
         if self.eval_induction and self.block_size < 4:
@@ -184,9 +188,10 @@ def train(config: TrainConfig) -> int:
         restore(checkpoint, model, optimizers if resumed else ())
         checkpoint = None  # frees its memory
     if config.recompute:
-        model.loss_options = torch.nn.LinearCrossEntropyOptions()
+        model.loss_options = torch.nn.LinearCrossEntropyOptions()  # never stores all logits
         for block in model.blocks:
             block.forward = partial(activation_checkpoint, block.forward, use_reentrant=False)
+    # model: for checkpoints and samples; fast_model: compiled; train_model: with DDP, too
     compiled = device.type == "cuda" if config.compile is None else config.compile
     fast_model = torch.compile(model) if compiled and not config.fsdp else model
     if compiled and config.fsdp:
@@ -207,21 +212,22 @@ def train(config: TrainConfig) -> int:
             "step": state.step, "config": asdict(config), "parameters": n_parameters,
             "device": device_name, "processes": world_size, "versions": versions,
             "corpus": corpus.tokens, "started": time.strftime("%Y-%m-%d %H:%M:%S")})
-        print(f"resuming {out_dir} from step {state.step}\n" * bool(resumed) +
-              f"{n_parameters / 1e6:.2f}M parameters, kv_shift={config.kv_shift}, {world_size} x "
+        if resumed:
+            print(f"resuming {out_dir} from step {state.step}")
+        print(f"{n_parameters / 1e6:.2f}M parameters, kv_shift={config.kv_shift}, {world_size} x "
               f"{device_name}, {dtype}{', compiled' if compiled else ''}, {corpus.folder.name}: "
               f"{corpus.tokens['train'] / 1e6:,.1f}M tokens; output in {out_dir}", flush=True)
 
     # --- training loop
-    received = catch_signals()
+    signals = catch_signals()
     pending = []  # (loss, gradient norm) of the steps since the last line of the log, on the device
     first_step, tokens_per_step = state.step, config.batch_size * config.block_size
-    started = clock = time.perf_counter()
+    clock = time.perf_counter()
     batch = batches(state.step, rank, world_size)
     while True:
-        stop_signal = agree(received[0] if received else 0)
+        stop_signal = agree(signals[0] if signals else 0)
         last = state.step == config.max_steps
-        new = state.step > first_step
+        new = state.step > first_step  # this process has trained a step
         evaluate_now = (new or not resumed) and (last or state.step % config.eval_every == 0)
         save_now = new and (last or stop_signal or state.step % config.checkpoint_every == 0)
         if evaluate_now or save_now or new and state.step % config.log_every == 0:
@@ -243,8 +249,7 @@ def train(config: TrainConfig) -> int:
                 state.best, state.best_step = line["val_loss"], state.step
                 save_checkpoint(out_dir / "best.pt", model, None, config, corpus, state)
             if rank == 0:
-                per_step = (time.perf_counter() - started) / max(1, state.step - first_step)
-                log.write(line, seconds_left=per_step * (config.max_steps - state.step))
+                log.write(line)
             if save_now:
                 save_checkpoint(out_dir / "ckpt.pt", model, optimizers, config, corpus, state)
             clock = time.perf_counter()
@@ -252,7 +257,7 @@ def train(config: TrainConfig) -> int:
             break
 
         # one optimizer step
-        torch.manual_seed(hash((config.seed, state.step, rank)))  # of dropout
+        torch.manual_seed(hash((config.seed, state.step, rank)))  # for dropout
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(state.step, config)
         loss = torch.zeros((), device=device)
@@ -340,8 +345,7 @@ def sharded_model(config, device, dtype) -> GPT:
     with torch.device("meta"):
         model = GPT(config)
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype,
-                                  reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
     model.to_empty(device=device)
@@ -392,9 +396,9 @@ def fetch_losses(pending: list, step: int) -> tuple[list[float], float]:
         dist.all_reduce(values)
         values /= dist.get_world_size()
     losses, norms = values.T.tolist()
-    for i, pair in enumerate(zip(losses, norms, strict=True), start=step + 1 - len(losses)):
-        if not math.isfinite(sum(pair)):
-            raise diverged("step {}: loss {}, gradient norm {}".format(i, *pair))
+    if not math.isfinite(sum(losses) + sum(norms)):
+        raise diverged(f"a loss or gradient norm in steps {step - len(losses)} to {step} is not "
+                       "finite")
     return losses, norms[-1]
 
 
@@ -419,7 +423,7 @@ def evaluation_sets(corpus: Corpus, config: TrainConfig) -> dict:
     T = config.block_size
     windows = corpus.windows("val", val_starts(corpus, T, config.eval_tokens), T)
     sets = {"val_loss": (windows[:, :-1], windows[:, 1:])}
-    if config.eval_induction:  # ids that occur in the windows; nothing says when the repeat begins
+    if config.eval_induction:  # ids that occur in the windows, without a separator
         once = np.random.RandomState(0).choice(np.unique(windows), (64, T // 2))
         tokens = np.full((64, T + 1), -1)
         tokens[:, : 2 * (T // 2)] = np.concatenate([once, once], axis=1)
@@ -437,16 +441,17 @@ def evaluate(model, eval_sets: dict, batch_size: int, device, autocast) -> dict[
     losses = {}
     for name, (inputs, targets) in eval_sets.items():
         total = torch.zeros((), device=device)
-        padding = (0, 0, 0, -len(inputs) % (batch_size * world_size))  # all batches have one shape
-        inputs, padded = (torch.nn.functional.pad(t, padding, value=v)
-                          for t, v in ((inputs, 0), (targets, -1)))
-        pairs = list(zip(inputs.split(batch_size), padded.split(batch_size), strict=True))
-        for x, y in pairs[rank::world_size]:
+        n_targets = (targets != -1).sum().item()
+        # pad to equal batches: one compiled shape, and equally many in each process
+        padding = (0, 0, 0, -len(inputs) % (batch_size * world_size))
+        inputs, targets = F.pad(inputs, padding), F.pad(targets, padding, value=-1)
+        batches = list(zip(inputs.split(batch_size), targets.split(batch_size), strict=True))
+        for x, y in batches[rank::world_size]:
             with autocast():
                 total += model(x.to(device), y.to(device), reduction="sum")
         if dist.is_initialized():
             dist.all_reduce(total)
-        losses[name] = total.item() / (targets != -1).sum().item()
+        losses[name] = total.item() / n_targets
         if not math.isfinite(losses[name]):
             raise diverged(f"{name} is {losses[name]}")
     model.train()
@@ -482,17 +487,17 @@ class Log:
             self.wandb = wandb.init(project=config.wandb_project, name=str(path.parent),
                                     config=header["config"])
 
-    def write(self, line: dict, seconds_left: float):
+    def write(self, line: dict):
         parts = [f"step {line['step']:>{len(str(self.max_steps))}}/{self.max_steps}"]
         parts += [f"{key.replace('_', ' ')} {line[key]:.4f}"
                   for key in ("loss", "val_loss", "val_induction") if key in line]
         if "lr" in line:
             parts += [f"lr {line['lr']:.2e}", f"{line['tokens_per_s']:,} tokens/s"]
-        if 0 < line["step"] < self.max_steps:
+            seconds_left = line["seconds"] / line["step"] * (self.max_steps - line["step"])
             parts += [f"{timedelta(seconds=round(seconds_left))} left"]
         print(" | ".join(parts), flush=True)
         print(json.dumps(line), file=self.file, flush=True)
-        os.fsync(self.file.fileno())  # a checkpoint must not be newer than its log
+        os.fsync(self.file.fileno())  # ckpt.pt must not be newer than the log
         if self.wandb:
             self.wandb.log(line, step=line["step"])
 
@@ -508,12 +513,10 @@ def draw_losses(out_dir: Path):
 
 
 def print_samples(model: GPT, tokenizer: Tokenizer, device):
-    """Three short texts that start at the beginning of a line."""
-    prompt = tokenizer.encode("\n").tolist() if tokenizer.kind != "char" else [tokenizer.start]
-    idx = torch.tensor(prompt, device=device).repeat(3, 1)
+    idx = torch.full((3, 1), tokenizer.start, device=device)
     generator = torch.Generator(device).manual_seed(1)
     texts = model.eval().generate(idx, 150, temperature=0.8, generator=generator)
-    for text in texts[:, len(prompt) :].tolist():
+    for text in texts[:, 1:].tolist():
         print(f"---\n{tokenizer.decode(text)}")
 
 

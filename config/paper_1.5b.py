@@ -3,7 +3,7 @@
 #   torchrun --nproc_per_node=8 train.py config/paper_1.5b.py
 out_dir = "out/paper_1.5b"
 dataset = "openwebtext"
-vocab_size = 50_257
+vocab_size = 50_304  # GPT-2's 50,257, up to a multiple of 64
 n_layer = 28
 n_head = 16
 n_embd = 2048

@@ -4,7 +4,7 @@
 #     train.py config/paper_19b.py
 out_dir = "out/paper_19b"
 dataset = "openwebtext"
-vocab_size = 50_257
+vocab_size = 50_304  # GPT-2's 50,257, up to a multiple of 64
 n_layer = 48
 n_head = 48
 n_kv_head = 4

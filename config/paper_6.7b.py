@@ -3,7 +3,7 @@
 #   torchrun --nproc_per_node=8 train.py config/paper_6.7b.py
 out_dir = "out/paper_6.7b"
 dataset = "openwebtext"
-vocab_size = 50_257
+vocab_size = 50_304  # GPT-2's 50,257, up to a multiple of 64
 n_layer = 32
 n_head = 32
 n_embd = 4096

@@ -110,7 +110,7 @@ def make_models(config: BenchConfig, device) -> dict[str, torch.nn.Module]:
         spec.loader.exec_module(nanogpt)
         with contextlib.redirect_stdout(None):  # it prints its size
             models["nanoGPT"] = nanogpt.GPT(nanogpt.GPTConfig(
-                block_size=config.block_size, vocab_size=config.padded_vocab_size,
+                block_size=config.block_size, vocab_size=config.vocab_size,
                 n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
                 dropout=config.dropout, bias=False))
     return {kind: model.to(device) for kind, model in models.items()}

@@ -89,7 +89,7 @@ def activation_bytes(config: TrainConfig, B: int) -> int:
     block = 2 * 4 * c.n_embd + 2 * (2 * c.n_embd + 2 * (c.n_embd + kv) + c.n_embd + 3 * hidden)
     if c.recompute:  # the inputs of the blocks, and one block at a time; the loss in chunks
         return tokens * (4 * c.n_embd * c.n_layer + block)
-    return tokens * (block * c.n_layer + (2 + 2) * c.padded_vocab_size)  # logits and gradient
+    return tokens * (block * c.n_layer + (2 + 2) * c.vocab_size)  # logits and gradient
 
 
 def duration(seconds: float) -> str:

@@ -84,6 +84,12 @@ def test_one_seed_gives_vanilla_and_shifted_models_the_same_other_weights(kv_shi
     shifted = dict(model.named_parameters())
     assert all(torch.equal(p, shifted[name]) for name, p in vanilla.items())
     assert list(model.blocks[0].attn.shift) == list("qkv" if kv_shift == "qkv" else kv_shift)
+    for block in model.blocks:  # also with a variant that has a matrix of its own
+        block.attn.shift["x"] = torch.nn.Linear(3, 3)
+    torch.manual_seed(7)
+    model.init_weights()
+    other = tiny(seed=7, kv_shift="none")
+    assert all(torch.equal(p, shifted[name]) for name, p in other.named_parameters())
 
 
 @pytest.mark.parametrize("weights, window", [*itertools.product(WEIGHTS, [2, 3])])
@@ -252,15 +258,6 @@ def test_generation_stops_when_all_sequences_have_produced_the_stop_token():
     for row, expected in zip(stopped[:, 3:].tolist(), free[:, 3:].tolist(), strict=True):
         end = expected.index(stop) + 1 if stop in expected else len(row)
         assert row == expected[:end] + [stop] * (len(row) - end)
-
-
-def test_padded_ids_are_neither_sampled_nor_part_of_the_loss():
-    model, idx = tiny(vocab_size=1025), torch.tensor([[0, 1]])
-    assert model.embed.weight.shape[0] == 1088
-    loss = model(idx, idx)
-    with torch.no_grad():
-        model.embed.weight[1025:] = 100.0
-    assert torch.equal(model(idx, idx), loss) and model(idx).shape == (1, 2, 1025)
 
 
 def test_the_loss_ignores_minus_one_in_whole_and_in_chunks():
