@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 # A run may be resumed with other values of these options; any other difference is another run.
-FREE_TO_CHANGE = {"out_dir", "init_from", "resume", "micro_batch_size", "log_every", "eval_every",
+FREE_TO_CHANGE = {"out_dir", "resume", "micro_batch_size", "log_every", "eval_every",
                   "eval_induction", "checkpoint_every", "device", "dtype", "compile", "fsdp",
                   "recompute", "timeout", "wandb_project"}
 
@@ -61,7 +61,10 @@ def save_checkpoint(path: Path, model, optimizers, config, corpus, state: RunSta
         checkpoint["optimizer"] = get_optimizer_state_dict(model, optimizers, options=options)
     if not dist.is_initialized() or dist.get_rank() == 0:
         with atomic_write(path) as f:
-            torch.save(checkpoint, f)
+            try:
+                torch.save(checkpoint, f)
+            except RuntimeError as error:  # torch hides the reason, such as a full disk
+                raise error.__context__ or error from None
 
 
 def load_checkpoint(path) -> dict:
@@ -69,10 +72,12 @@ def load_checkpoint(path) -> dict:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # compares checksums, which torch.load does not
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True,
+                                mmap=dist.is_initialized())  # the processes share the memory
         RunState(**checkpoint["run"])
-        finite = all(weight.isfinite().all() for weight in checkpoint["model"].values())
-        if damaged or not finite or checkpoint["format"] != 2:
+        sound = all(weight.isfinite().all() for weight in checkpoint["model"].values())
+        sound &= {"config", "tokenizer", "corpus"} <= checkpoint.keys()
+        if damaged or not sound or checkpoint["format"] != 2:
             raise ValueError("damaged")
     except OSError:
         raise
@@ -100,7 +105,8 @@ def restore(checkpoint: dict, model, optimizers=()):
     if optimizers:  # torch crashes on an optimizer state of another shape
         states = checkpoint.get("optimizer", {}).get("state", {})
         fit &= shapes.keys() == states.keys() and all(
-            t.shape in (shapes[name], ()) for name in states for t in states[name].values())
+            value.shape == (() if key == "step" else shapes[name])
+            for name in states for key, value in states[name].items())
     if not fit:
         raise UserError(f"{checkpoint['path']}: weights or optimizer states do not fit the model")
     options = StateDictOptions(full_state_dict=True)
@@ -118,27 +124,45 @@ def load_resumable(config, corpus) -> dict | None:
             raise UserError(f"resume=yes, but there is no {path}")
         return None
     checkpoint = load_checkpoint(path)
-    if differ := differences(checkpoint, config, corpus):
+    names = {f.name for f in fields(config)} - FREE_TO_CHANGE
+    if config.lr_schedule == "constant":
+        names.remove("max_steps")
+    if differ := differences(checkpoint, config, corpus, names):
         raise UserError(f"{path} is of another run: {'; '.join(differ)}. Use those values or "
                         "another --out_dir, or start over with --resume=no")
     try:
-        own_best = not differences(load_checkpoint(path.with_name("best.pt")), config, corpus)
+        best = load_checkpoint(path.with_name("best.pt"))
+        own_best = not differences(best, config, corpus, names)
     except (UserError, OSError):
         own_best = False
-    if not own_best:  # missing, damaged or of another run: the next evaluation writes a new one
+    if not own_best and checkpoint["run"]["step"] < config.max_steps:
+        # missing, damaged or of another run: the next evaluation writes a new one
         move_aside(config.out_dir, ["best.pt"])
         checkpoint["run"]["best"] = math.inf
     return checkpoint
 
 
-def differences(checkpoint: dict, config, corpus) -> list[str]:
-    """How the run of a checkpoint differs from config's, in words."""
-    free = FREE_TO_CHANGE | ({"max_steps"} if config.lr_schedule == "constant" else set())
+def load_init(config, corpus) -> dict:
+    """The checkpoint init_from, of a model that differs at most in options without weights."""
+    if not Path(config.init_from).is_file():
+        raise UserError(f"init_from={config.init_from} must be a checkpoint, such as out/x/best.pt "
+                        "(to resume a run, rerun its command)")
+    checkpoint = load_checkpoint(config.init_from)
+    names = {f.name for f in fields(GPTConfig)} - {"block_size", "dropout", "shift_init"}
+    if differ := differences(checkpoint, config, None, names):
+        raise UserError(f"{config.init_from} is of another model: {'; '.join(differ)}")
+    if checkpoint["tokenizer"] != corpus.tokenizer:
+        raise UserError(f"{config.init_from} has another tokenizer than the corpus")
+    return checkpoint
+
+
+def differences(checkpoint: dict, config, corpus, names: set) -> list[str]:
+    """How a checkpoint differs from config in the options `names`, and from corpus, in words."""
     defaults = {f.name: f.default for f in fields(config)}  # of options the checkpoint lacks
     saved = defaults | checkpoint["config"]
     differ = [f"{name} was {saved[name]!r}, is {value!r}" for name, value in asdict(config).items()
-              if name not in free and saved[name] != value]
-    if not differ and checkpoint["corpus"] != corpus.checksum:
+              if name in names and saved[name] != value]
+    if not differ and corpus and checkpoint["corpus"] != corpus.checksum:
         differ = ["the corpus has changed"]
     return differ
 

@@ -25,7 +25,7 @@ from checkpoint import move_aside
 from config import parse, run
 from data import atomic_write
 from model import GPT, GPTConfig
-from plot import save_figure, table
+from plot import COLORS, save_figure, table
 from train import choose_device
 
 import numpy as np
@@ -255,13 +255,14 @@ def train(config, model: GPT, make_batch: Callable, seed: int, score: Callable =
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
+    eval_batch = make_batch(EVAL_SEED, 0, config.eval_sequences)
     recent, started = [], time.perf_counter()
     for step in range(config.max_steps + 1):
         if stop and stop.is_set():
             return
         if step % config.eval_every == 0 or step == config.max_steps:
             with autocast:
-                scores = evaluate(config, model, make_batch, score)
+                scores = evaluate(config, model, eval_batch, score)
             yield {"step": step, "seconds": round(time.perf_counter() - started, 2), **scores}
             recent = [*recent[-2:], scores["accuracy"]]
             if step == config.max_steps or len(recent) == 3 and min(recent) > 0.998:
@@ -280,8 +281,9 @@ def train(config, model: GPT, make_batch: Callable, seed: int, score: Callable =
 
 
 @torch.no_grad()
-def evaluate(config, model: GPT, make_batch: Callable, score: Callable = accuracies) -> dict:
-    idx, targets, mask = make_batch(EVAL_SEED, 0, config.eval_sequences)
+def evaluate(config, model: GPT, batch, score: Callable = accuracies) -> dict:
+    """The score of a batch (idx, targets, mask), and the number of parameters."""
+    idx, targets, mask = batch
     predicted = [model(x.to(model.embed.weight.device)).argmax(dim=-1).cpu()
                  for x in idx.split(config.micro_batch_size or 64)]
     return {"parameters": sum(p.numel() for p in model.parameters()),
@@ -328,7 +330,8 @@ def report(config: ToyConfig, results: dict[str, list]):
     draw_curves(config, results, path)
     note = f"Guessing is right {induction_chance(config):.1%} of the time."
     if config.experiment == "depth":
-        exact = evaluate(config, exact_induction_head(config), partial(induction_batch, config))
+        batch = induction_batch(config, EVAL_SEED, 0, config.eval_sequences)
+        exact = evaluate(config, exact_induction_head(config), batch)
         results |= {"1 layer, KV shift, set by hand": [[{"step": 0, "seconds": 0.0, **exact}]]}
         note += " The weights set by hand are those of Theorem 2."
     elif config.experiment == "ngram":
@@ -367,7 +370,8 @@ def draw_curves(config: ToyConfig, results: dict[str, list], path: Path):
                 np.interp(steps, [e["step"] for e in evals], [e["accuracy"] for e in evals])
                 for evals in results[name]])
         if config.experiment != "ngram":
-            ax.axhline(induction_chance(config), color="black", linestyle=":", label="guessing")
+            chance = induction_chance(config)
+            ax.axhline(chance, color="gray", linewidth=1, label=f"guessing ({chance:.1%})")
         ax.set(xlabel="training steps", ylabel="accuracy", ylim=(-0.02, 1.04))
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False,
                   ncols=1 if width else 3)
@@ -378,10 +382,10 @@ def draw_curves(config: ToyConfig, results: dict[str, list], path: Path):
 
 
 def draw_seeds(ax, name: str, x, ys):
-    """The median of ys (seeds, points), and a band from lowest to highest, in the model's color."""
-    vanilla = {"1": "#0072B2", "2": "#009E73", "4": "#CC79A7"}  # by the number of layers
-    color = "#D55E00" if name.endswith("KV shift") else vanilla.get(name[0], "#56B4E9")
-    ax.plot(x, np.median(ys, axis=0), color=color, linewidth=2, label=name)
+    """The median of ys (seeds, points) in the model's colour, and a band: lowest to highest."""
+    color = COLORS["kv" if name.endswith("KV shift") else "none"]
+    line = {"1": "-", "2": "--", "4": ":"}.get(name[0], "-.")  # by the number of layers
+    ax.plot(x, np.median(ys, axis=0), line, color=color, linewidth=2, label=name)
     ax.fill_between(x, np.min(ys, axis=0), np.max(ys, axis=0), color=color, alpha=0.2, linewidth=0)
     ax.grid(alpha=0.3)
 

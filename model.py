@@ -269,9 +269,10 @@ class GPT(nn.Module):
         x = self.hidden(idx, cache)
         if targets is None:
             return self.logits(x)
-        loss = F.linear_cross_entropy(
+        losses = F.linear_cross_entropy(
             x.flatten(0, 1), self.head_weight(), targets.flatten(), ignore_index=-1,
-            reduction="sum", options=self.loss_options)
+            reduction="none", options=self.loss_options)  # (B T,)
+        loss = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
         return loss if reduction == "sum" else loss / (targets != -1).sum().clamp(min=1)
 
     def hidden(self, idx, cache: Cache | None = None):

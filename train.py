@@ -8,6 +8,7 @@ Rerun the same command to resume. The batch, the dropout and the learning rate o
 on (seed, step), so a run that was stopped or killed ends with the same weights as one that was not.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from typing import Literal
 from checkpoint import (
     RunState,
     load_checkpoint,
+    load_init,
     load_resumable,
     move_aside,
     restore,
@@ -36,6 +38,7 @@ from config import UserError, parse, run
 from data import FOLDER, Corpus, TrainBatches, lock, val_starts
 from data.tokenizing import Tokenizer
 from model import GPT, GPTConfig
+from plot import draw_curves
 
 import numpy as np
 import torch
@@ -81,7 +84,7 @@ class TrainConfig(GPTConfig):
     compile: bool | None = None  # torch.compile; None: on CUDA only
     fsdp: bool = False  # shard weights, gradients and optimizer states over the processes
     recompute: bool = False  # activation checkpointing: less memory, a third more computation
-    timeout: int = 600  # seconds to wait for another process before giving up
+    timeout: int = 1800  # seconds to wait for another process before giving up
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,6 +98,8 @@ class TrainConfig(GPTConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 2^32)")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f"beta1={self.beta1} and beta2={self.beta2} must be in [0, 1)")
+        if not self.out_dir:
+            raise ValueError("out_dir must not be empty")
         if self.fsdp and self.optimizer == "muon":
             raise ValueError("optimizer=muon needs whole matrices, which fsdp=True shards")
         if self.eval_induction and self.block_size < 4:
@@ -108,17 +113,14 @@ def main():
     try:  # started by torchrun
         code = train(config)
     except (UserError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
         code = 2
-    except RuntimeError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+    except Exception as error:
         code = 1
         if "/gloo/" in str(error) or isinstance(error, dist.DistBackendError):
             print(f"train.py: lost another process of this run: {error}", file=sys.stderr)
         else:
             traceback.print_exc()
-    except Exception:
-        code = 1
-        traceback.print_exc()
     sys.stdout.flush()
     os._exit(code)  # destroying a process group that has lost a process can hang
 
@@ -128,10 +130,9 @@ def train(config: TrainConfig) -> int:
     # --- processes and devices; torchrun sets RANK, WORLD_SIZE and LOCAL_RANK
     distributed = "RANK" in os.environ
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if distributed and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device, dtype = choose_device(config.device, config.dtype)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        torch.cuda.set_device(device)
     if distributed:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
@@ -142,6 +143,8 @@ def train(config: TrainConfig) -> int:
     if rest or not n_micro_batches:
         raise UserError(f"batch_size={config.batch_size} must be a multiple of micro_batch_size="
                         f"{micro_batch_size} times {world_size} processes")
+    if config.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UserError("wandb_project needs Weights & Biases: pip install wandb")
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
@@ -173,9 +176,7 @@ def train(config: TrainConfig) -> int:
     if resumed:  # every process loads it, and keeps its part
         checkpoint = checkpoint or load_checkpoint(out_dir / "ckpt.pt")
     elif config.init_from:
-        checkpoint = load_checkpoint(config.init_from)
-        if checkpoint["tokenizer"] != corpus.tokenizer:
-            raise UserError(f"{config.init_from} has another tokenizer than the corpus")
+        checkpoint = load_init(config, corpus)
     from_rank_0(None)  # all have read init_from, which may be in out_dir
     if rank == 0 and not resumed:
         move_aside(out_dir, ["ckpt.pt", "best.pt", "log.jsonl", "loss.png"])
@@ -187,16 +188,16 @@ def train(config: TrainConfig) -> int:
     if checkpoint:
         restore(checkpoint, model, optimizers if resumed else ())
         checkpoint = None  # frees its memory
+    compiled = device.type == "cuda" if config.compile is None else config.compile
+    for block in model.blocks:
+        if compiled and config.fsdp:  # FSDP gathers weights between the blocks, uncompiled
+            block.forward = torch.compile(block.forward)
+        if config.recompute:
+            block.forward = partial(activation_checkpoint, block.forward, use_reentrant=False)
     if config.recompute:
         model.loss_options = torch.nn.LinearCrossEntropyOptions()  # never stores all logits
-        for block in model.blocks:
-            block.forward = partial(activation_checkpoint, block.forward, use_reentrant=False)
     # model: for checkpoints and samples; fast_model: compiled; train_model: with DDP, too
-    compiled = device.type == "cuda" if config.compile is None else config.compile
     fast_model = torch.compile(model) if compiled and not config.fsdp else model
-    if compiled and config.fsdp:
-        for block in model.blocks:  # FSDP gathers weights between the blocks, uncompiled
-            block.compile()
     train_model = fast_model
     if distributed and not config.fsdp:
         train_model = DistributedDataParallel(fast_model, gradient_as_bucket_view=True)
@@ -280,6 +281,8 @@ def train(config: TrainConfig) -> int:
         if state.step < config.max_steps:
             batch = batches(state.step, rank, world_size)  # while a GPU is still computing
 
+    if rank == 0:
+        log.close()
     if not last:
         if rank == 0:
             name = signal.Signals(stop_signal).name
@@ -287,10 +290,13 @@ def train(config: TrainConfig) -> int:
         return 128 + stop_signal
     if rank == 0:
         print(f"done: best val loss {state.best:.4f} at step {state.best_step}; {out_dir} contains "
-              "best.pt (that model), ckpt.pt (the last one) and log.jsonl")
-        draw_losses(out_dir)
-        if not config.fsdp:  # a shard cannot generate text
-            print_samples(model, Tokenizer(corpus.tokenizer), device)
+              "best.pt (that model), ckpt.pt (the last one), log.jsonl and loss.png")
+        try:
+            draw_curves([out_dir], out_dir / "loss.png")
+            if not config.fsdp:  # a shard cannot generate text
+                print_samples(model, Tokenizer(corpus.tokenizer), device)
+        except Exception as error:  # the run is complete all the same
+            print(f"{type(error).__name__}: {error}")
     return 0
 
 
@@ -480,10 +486,8 @@ class Log:
         start_log(path, header)
         self.file, self.max_steps, self.wandb = open(path, "a"), config.max_steps, None
         if config.wandb_project:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("wandb_project needs Weights & Biases: pip install wandb") from None
+            import wandb
+
             self.wandb = wandb.init(project=config.wandb_project, name=str(path.parent),
                                     config=header["config"])
 
@@ -501,15 +505,10 @@ class Log:
         if self.wandb:
             self.wandb.log(line, step=line["step"])
 
-
-def draw_losses(out_dir: Path):
-    try:
-        from plot import draw_curves  # matplotlib takes a second to import
-
-        draw_curves([out_dir], out_dir / "loss.png")
-        print(f"loss curves: {out_dir / 'loss.png'}")
-    except Exception as error:  # the run itself is complete
-        print(f"no loss.png: {type(error).__name__}: {error}")
+    def close(self):
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
 def print_samples(model: GPT, tokenizer: Tokenizer, device):

@@ -44,17 +44,12 @@ def run(main):
     except BrokenPipeError:  # the reader has gone, as in `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except UserError as error:
-        exit_with(str(error))
-    except OSError as error:
-        if error.errno is None:
-            raise
-        exit_with(f"{error.strerror}: {error.filename}" if error.filename else str(error))
-
-
-def exit_with(message: str):
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    except (UserError, OSError) as error:
+        message = str(error)
+        if getattr(error, "filename", None):
+            message = f"{error.strerror}: {error.filename}"
+        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 def silent_interrupt(kind, error, trace):
@@ -76,7 +71,7 @@ def parse(cls, argv: list[str] | None = None):
 
 
 def parse_with_paths(cls, metavar: str, argv: list[str] | None = None):
-    """Like `parse`, for scripts whose arguments are paths and not presets: (instance, paths)."""
+    """Like `parse`, where the other arguments are paths and not presets: (instance, paths)."""
     options, paths = parse_options(cls, argv, metavar)
     return make(cls, options), paths
 
@@ -150,10 +145,7 @@ def convert(kind, text: str):
 def spell(kind) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(typing.get_args(kind))
-    if kind is bool:
-        return "True|False"
-    names = [option.__name__ for option in typing.get_args(kind)] or [kind.__name__]
-    return "|".join(names).replace("NoneType", "None").replace("bool", "True|False")
+    return "True|False" if kind is bool else getattr(kind, "__name__", str(kind))
 
 
 def suggest(cls, argument: str) -> str:
@@ -165,7 +157,5 @@ def suggest(cls, argument: str) -> str:
 
 def field_comments(cls) -> dict[str, str]:
     """Field name -> the comment behind it in the source of the dataclass."""
-    comments = {}
-    for base in reversed(cls.__mro__[:-1]):
-        comments |= re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(base), re.MULTILINE)
-    return comments
+    source = "".join(inspect.getsource(base) for base in reversed(cls.__mro__[:-1]))
+    return dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.MULTILINE))

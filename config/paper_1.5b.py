@@ -4,18 +4,11 @@
 out_dir = "out/paper_1.5b"
 dataset = "openwebtext"
 vocab_size = 50_304  # GPT-2's 50,257, up to a multiple of 64
-n_layer = 28
-n_head = 16
-n_embd = 2048
-ffn_size = 5504
+n_layer, n_head, n_embd, ffn_size = 28, 16, 2048, 5504
 block_size = 2048
 tie_embeddings = False
-batch_size = 512
-micro_batch_size = 4
+batch_size, micro_batch_size = 512, 4
 max_steps = 9_537
-learning_rate = 2e-4
-lr_schedule = "constant"
-warmup_steps = 1000
-eval_every = 500
+learning_rate, lr_schedule, warmup_steps = 2e-4, "constant", 1000
+eval_every = checkpoint_every = 500
 eval_tokens = 10_485_760
-checkpoint_every = 500

@@ -5,21 +5,13 @@
 out_dir = "out/paper_19b"
 dataset = "openwebtext"
 vocab_size = 50_304  # GPT-2's 50,257, up to a multiple of 64
-n_layer = 48
-n_head = 48
-n_kv_head = 4
-n_embd = 6144
-ffn_size = 16384
+n_layer, n_head, n_kv_head, n_embd, ffn_size = 48, 48, 4, 6144, 16384
 block_size = 12_288
 tie_embeddings = False
-batch_size = 256
-micro_batch_size = 1
+batch_size, micro_batch_size = 256, 1
 max_steps = 63_578
-learning_rate = 2e-4
-lr_schedule = "constant"
-warmup_steps = 3000
-eval_every = 500
+learning_rate, lr_schedule, warmup_steps = 2e-4, "constant", 3000
+eval_every = checkpoint_every = 500
 eval_tokens = 10_485_760
-checkpoint_every = 500
 fsdp = True
 recompute = True

@@ -4,20 +4,12 @@
 out_dir = "out/paper_2.9b"
 dataset = "openwebtext"
 vocab_size = 50_304  # GPT-2's 50,257, up to a multiple of 64
-n_layer = 32
-n_head = 20
-n_kv_head = 4
-n_embd = 2560
-ffn_size = 8704
+n_layer, n_head, n_kv_head, n_embd, ffn_size = 32, 20, 4, 2560, 8704
 block_size = 4096
 tie_embeddings = False
-batch_size = 4096
-micro_batch_size = 1
+batch_size, micro_batch_size = 4096, 1
 max_steps = 29_802
-learning_rate = 8e-4
-lr_schedule = "constant"
-warmup_steps = 600
-eval_every = 500
+learning_rate, lr_schedule, warmup_steps = 8e-4, "constant", 600
+eval_every = checkpoint_every = 500
 eval_tokens = 10_485_760
-checkpoint_every = 500
 fsdp = True

@@ -5,6 +5,7 @@ and shards train_0000.bin, val_0000.bin, ...: token ids, uint16 (uint32 above 65
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -29,28 +30,23 @@ def atomic_write(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        if os.name == "posix":  # the new name must be on disk, too
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
-            error.filename, error.filename2 = str(path), None
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name must be on disk, too
+        os.close(folder)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # None: as for a full disk
+            error.filename = str(path)
         raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def lock(folder) -> int:
     """Locks a folder for one writer until the returned descriptor is closed or the process ends."""
-    if os.name != "posix":
-        return os.open(os.devnull, os.O_RDONLY)
-    import fcntl
-
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(descriptor)
         raise UserError(f"another process is writing to {folder}") from None
     return descriptor
 
@@ -77,7 +73,7 @@ def read_meta(folder: Path) -> dict:
     path = folder / "meta.json"
     if not path.exists():
         return {}
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+    with contextlib.suppress(ValueError, KeyError):
         meta = json.loads(path.read_bytes())
         if meta.pop("checksum") == checksum(meta):
             return meta
@@ -87,18 +83,14 @@ def read_meta(folder: Path) -> dict:
 
 class Corpus:
     """A prepared corpus. Opening it checks the sizes of the shards, reading from it the ids.
-
-    tokenizer: the spec of tokenizing.Tokenizer. tokens: {"train": n, "val": n}. checksum: of
-    meta.json.
-    """
+    tokenizer: the spec of tokenizing.Tokenizer. tokens: {"train": n, "val": n}."""
 
     def __init__(self, folder):
         self.folder = folder = Path(folder)
         meta = read_meta(folder)
         if "tokens" not in meta:
-            raise UserError(f"{'an unfinished' if meta else 'no'} corpus in {folder}: run the "
-                            "command that prepares it, which also resumes: python data/"
-                            f"{folder.name}/prepare.py, or data/text/prepare.py for your own text")
+            raise UserError(f"{'an unfinished' if meta else 'no'} corpus in {folder}: run python "
+                            f"data/{folder.name}/prepare.py, or data/text/prepare.py for your text")
         self.tokenizer, self.vocab_size = meta["tokenizer"], meta["vocab_size"]
         self.checksum, self.dtype = checksum(meta), token_dtype(meta["vocab_size"])
         self.edges = {}  # split -> the position where each shard begins, and the end
@@ -115,23 +107,19 @@ class Corpus:
     def windows(self, split: str, starts, block_size: int) -> np.ndarray:
         """The block_size + 1 tokens from each start on, (len(starts), block_size + 1) int64."""
         rows = np.empty((len(starts), block_size + 1), np.int64)
+        edges = self.edges[split]
         for row, start in zip(rows, starts, strict=True):
-            self.read(split, int(start), row)
+            i = np.searchsorted(edges, start, side="right") - 1  # the shard that contains start
+            while len(row):  # a window may cross shards
+                path, count = shard_path(self.folder, split, i), min(edges[i + 1] - start, len(row))
+                offset = (start - edges[i]) * self.dtype.itemsize
+                ids = np.fromfile(path, self.dtype, count, offset=offset)
+                if len(ids) < count or ids.max(initial=0) >= self.vocab_size:
+                    raise UserError(f"{path} is damaged (too short, or an id is too large): remove "
+                                    "it and prepare the corpus again")
+                row[:count] = ids
+                row, start, i = row[count:], start + count, i + 1
         return rows
-
-    def read(self, split: str, start: int, row: np.ndarray):
-        """Fills row with the tokens from start on, across shards. No file stays open."""
-        edges, size = self.edges[split], self.dtype.itemsize
-        i = int(np.searchsorted(edges, start, side="right")) - 1  # the shard that contains start
-        while len(row):
-            path, offset = shard_path(self.folder, split, i), start - int(edges[i])
-            count = min(int(edges[i + 1]) - start, len(row))
-            ids = np.fromfile(path, self.dtype, count, offset=offset * size)
-            if len(ids) < count or ids.max(initial=0) >= self.vocab_size:
-                raise UserError(f"{path} is damaged: it is too short or has an id above "
-                                f"{self.vocab_size - 1}; remove it and prepare the corpus again")
-            row[:count] = ids
-            row, start, i = row[count:], start + count, i + 1
 
 
 class TrainBatches:
@@ -141,19 +129,11 @@ class TrainBatches:
 
     def __init__(self, corpus: Corpus, block_size: int, batch_size: int, seed: int):
         check_length(corpus, "train", block_size)
-        self.corpus, self.block_size = corpus, block_size
-        self.batch_size, self.seed = batch_size, seed
-        n_tokens = corpus.tokens["train"]
+        self.corpus, self.block_size, self.batch_size = corpus, block_size, batch_size
+        self.seed, self.epoch, n_tokens = seed, None, corpus.tokens["train"]
         # one window fewer than fit leaves room for the random offset
         self.n_windows = max(1, (n_tokens - block_size) // block_size)
         self.n_offsets = n_tokens - self.n_windows * block_size
-        self.epoch = None
-
-    def start_epoch(self, epoch: int):
-        random = np.random.RandomState([self.seed, epoch])  # the same in all versions of numpy
-        self.epoch, self.offset = epoch, random.randint(self.n_offsets)
-        self.order = np.arange(self.n_windows, dtype=np.uint32)
-        random.shuffle(self.order)
 
     def __call__(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
         """The sequences of process `rank`, (batch_size / world_size, block_size + 1) int64."""
@@ -162,7 +142,10 @@ class TrainBatches:
         for sequence in range(first, first + n):
             epoch, i = divmod(sequence, self.n_windows)
             if epoch != self.epoch:
-                self.start_epoch(epoch)
+                random = np.random.RandomState([self.seed, epoch])  # the same in all numpy versions
+                self.epoch, self.offset = epoch, random.randint(self.n_offsets)
+                self.order = np.arange(self.n_windows, dtype=np.uint32)
+                random.shuffle(self.order)
             starts.append(self.offset + int(self.order[i]) * self.block_size)
         return self.corpus.windows("train", starts, self.block_size)
 

@@ -1,9 +1,10 @@
 """What a training run needs: parameters, FLOPs, time and memory. It trains nothing.
 
     python experiments/estimate.py config/paper_19b.py [--key=value]     all options of train.py
+
+The table has numbers of GPUs that train.py accepts. Without the corpus, pass --vocab_size=N.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config import UserError, parse, run
-from data import FOLDER
+from data import FOLDER, Corpus
 from model import GPT
 from plot import table
 from train import TrainConfig
@@ -19,12 +20,8 @@ from train import TrainConfig
 import torch
 
 # Dense bfloat16 FLOP/s of a device (float16 where it lacks bfloat16), from the data sheets
-PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-    "A100": 312e12, "A40": 150e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12,
-    "L4": 121e12, "V100": 125e12, "T4": 65e12, "RTX 5090": 210e12, "RTX 4090": 165e12,
-    "RTX 3090": 71e12, "MI300X": 1307e12, "MI250X": 383e12,
-}
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+              "L40S": 362e12, "L4": 121e12, "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12}
 
 
 @dataclass
@@ -36,7 +33,7 @@ def main():
     config = parse(EstimateConfig)
     if not 0 < config.mfu <= 1:
         raise UserError(f"mfu={config.mfu} must be in (0, 1]")
-    config.vocab_size = config.vocab_size or corpus_vocab_size(config.dataset)
+    config.vocab_size = config.vocab_size or Corpus(FOLDER / config.dataset).vocab_size
     with torch.device("meta"):  # no memory for the weights
         model = GPT(config)
     n = sum(p.numel() for p in model.parameters())
@@ -46,62 +43,41 @@ def main():
     if config.optimizer == "muon":
         n_moments -= sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     tokens = config.max_steps * config.batch_size * config.block_size
-    flops, peak = model.flops_per_token(), PEAK_FLOPS["H100"]
-    print(f"""{n:,} parameters ({n / 1e9:.2f}B), {n - n_root:,} without embeddings
-{tokens / 1e9:.3g}B tokens, {flops / 1e9:.3g} GFLOPs per token, {flops * tokens:.3g} FLOPs in all
-ckpt.pt {4 * (n + n_moments) / 1e9:.3g} GB, best.pt {4 * n / 1e9:.3g} GB
+    flops, peak = model.flops_per_token() * tokens, PEAK_FLOPS["H100"]
+    print(f"""{n:,} parameters, {n - n_root:,} without embeddings
+{tokens / 1e9:.3g}B tokens, {flops:.3g} FLOPs, ckpt.pt {4 * (n + n_moments) / 1e9:.3g} GB
 time: at {config.mfu:.0%} of an H100's {peak / 1e12:.0f} TFLOP/s
-memory: weights, gradients and {config.optimizer} in float32, weights in bfloat16, activations
-""")
-    rows, refused = [], []
+memory: weights, gradients and {config.optimizer} in float32, weights in bfloat16, activations\n""")
+    states, rows = 4 * (2 * n + n_moments), []
+    # FSDP gathers two blocks and the embeddings in bfloat16, and reduces gradients in float32
+    gathered = 2 * (2 * n_block + n_root) + (2 + 4) * max(n_block, n_root)
     for gpus in (1, 8, 64, 512):
-        micro_batch_size = config.micro_batch_size or max(1, config.batch_size // gpus)
-        if config.batch_size % (gpus * micro_batch_size):
-            refused.append(f"{gpus} GPUs: batch_size={config.batch_size} is no multiple of {gpus} "
-                           f"times micro_batch_size={micro_batch_size}")
-            continue
-        activations = activation_bytes(config, micro_batch_size)
-        ddp = 4 * (2 * n + n_moments) + 2 * n + activations
-        # FSDP gathers two blocks and the embeddings in bfloat16, and reduces gradients in float32
-        gathered = 2 * (2 * n_block + n_root) + (2 + 4) * max(n_block, n_root)
-        fsdp = 4 * (2 * n + n_moments) / gpus + gathered + activations
-        seconds = flops * tokens / (gpus * config.mfu * peak)
-        rows.append([str(gpus), str(micro_batch_size), duration(seconds), f"{ddp / 1e9:,.1f} GB",
-                     f"{fsdp / 1e9:,.1f} GB" if config.optimizer == "adamw" else "AdamW only"])
+        micro_batch = config.micro_batch_size or max(1, config.batch_size // gpus)
+        if config.batch_size % (gpus * micro_batch) == 0:  # train.py refuses other numbers
+            hours = flops / (gpus * config.mfu * peak) / 3600
+            activations = activation_bytes(config, micro_batch)
+            ddp, fsdp = states + 2 * n + activations, states / gpus + gathered + activations
+            rows.append([str(gpus), str(micro_batch),
+                         f"{hours:.2g} hours" if hours < 48 else f"{hours / 24:,.1f} days",
+                         f"{ddp / 1e9:,.1f} GB",
+                         f"{fsdp / 1e9:,.1f} GB" if config.optimizer == "adamw" else "AdamW only"])
     print(table(["GPUs", "micro-batch", "time", "memory, DDP", "memory, FSDP"], rows))
-    print("".join(f"\n{line}" for line in refused))
 
 
-def corpus_vocab_size(dataset: str) -> int:
-    try:
-        return json.loads((FOLDER / dataset / "meta.json").read_text())["vocab_size"]
-    except (OSError, ValueError, LookupError, TypeError):
-        raise UserError(f"the corpus {dataset} is not prepared: pass --vocab_size=N") from None
-
-
-def activation_bytes(config: TrainConfig, B: int) -> int:
-    """About what a compiled forward pass over B sequences keeps for the backward pass, in bytes: 4
-    per channel of the residual stream (float32), 2 for everything else (bfloat16)."""
-    c, tokens = config, B * config.block_size
+def activation_bytes(c: TrainConfig, micro_batch: int) -> int:
+    """About what a compiled forward pass keeps for the backward pass, in bytes: in each block two
+    residual streams (float32), norms, q, k, v before and after shift, attention, MLP (bfloat16)."""
     kv, hidden = 2 * (c.n_kv_head or c.n_head) * c.head_dim, c.ffn_size or 8 * c.n_embd // 3
-    # the two residual streams; both norms; q, k, v before and after shift and rotary positions;
-    # the output of attention; gate, up and their product
-    block = 2 * 4 * c.n_embd + 2 * (2 * c.n_embd + 2 * (c.n_embd + kv) + c.n_embd + 3 * hidden)
+    block = 2 * 4 * c.n_embd + 2 * (5 * c.n_embd + 2 * kv + 3 * hidden)
+    per_token = block * c.n_layer + (2 + 2) * c.vocab_size  # logits and their gradient
     if c.recompute:  # the inputs of the blocks, and one block at a time; the loss in chunks
-        return tokens * (4 * c.n_embd * c.n_layer + block)
-    return tokens * (block * c.n_layer + (2 + 2) * c.vocab_size)  # logits and gradient
-
-
-def duration(seconds: float) -> str:
-    hours = seconds / 3600
-    if hours < 0.01:
-        return "under 0.01 hours"
-    return f"{hours:.2f} hours" if hours < 48 else f"{hours / 24:,.1f} days"
+        per_token = 4 * c.n_embd * c.n_layer + block
+    return micro_batch * c.block_size * per_token
 
 
 def peak_flops(device_name: str) -> float | None:
     """Peak FLOP/s of a device by the name that torch gives it; None if unknown."""
-    words = f" {device_name.replace('-', ' ')} "  # whole words: an RTX A4000 is no A40
+    words = f" {device_name.replace('-', ' ')} "  # whole words: an L40 is no L4
     return next((flops for name, flops in PEAK_FLOPS.items() if f" {name} " in words), None)
 
 

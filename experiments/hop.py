@@ -103,7 +103,7 @@ def main():
         ax.set(xlabel="hops", xticks=hops, ylabel="error", ylim=(-0.02, 0.9))
         ax.label_outer()
     for ax in axes:
-        ax.axhline(1 - 1 / c.letters, color="black", linestyle=":", label="guessing a letter")
+        ax.axhline(1 - 1 / c.letters, color="gray", linewidth=1, label="guessing a letter")
         ax.legend()
     figure.suptitle(f"seeds: {c.seeds}. Line: median, band: lowest to highest", fontsize=10)
     path = Path(c.out_dir, "hop.png")

@@ -39,7 +39,7 @@ def test_presets_are_read_in_order_and_options_override_them(tmp_path):
     ("--width=x", "argument --width: must be int, not 'x'"),
     ("--width=2.0", "argument --width: must be int, not '2.0'"),
     ("--flag=1", "argument --flag: must be True|False, not '1'"),
-    ("--heads=x", "argument --heads: must be int|None, not 'x'"),
+    ("--heads=x", "argument --heads: must be int | None, not 'x'"),
     ("--kind=z", "argument --kind: must be x|y, not 'z'"),
     ("--flag", "argument --flag: expected one argument"),
     ("--widht=2", "unknown option --widht=2; did you mean --width=...?"),

@@ -100,20 +100,20 @@ def test_a_batch_depends_on_seed_and_step_only(make_batch):
 
 def test_theorem_2_one_layer_set_by_hand_is_exact_and_is_not_without_the_shift():
     config = toy.ToyConfig()
-    model, make_batch = toy.exact_induction_head(config), partial(toy.induction_batch, config)
-    scores = toy.evaluate(config, model, make_batch)
+    model, batch = toy.exact_induction_head(config), toy.induction_batch(config, 5, 0, 256)
+    scores = toy.evaluate(config, model, batch)
     assert (scores["accuracy"], scores["accuracy_all"]) == (1.0, 1.0)
     attended = []
-    model.blocks[0].attn.v.register_forward_hook(lambda *args: attended.append(args[2]))
-    model.blocks[0].attn.out.register_forward_hook(lambda *args: attended.append(args[1][0]))
-    idx, targets, mask = make_batch(5, 0, 64)
+    attn = model.blocks[0].attn
+    attn.out.register_forward_hook(lambda module, inputs, output: attended.append(inputs[0]))
+    idx, targets, mask = batch
     model(idx)
     # attention returns the value of the right token and nothing else
-    torch.testing.assert_close(attended[1][mask], model.embed(targets)[mask], atol=0, rtol=1e-5)
+    torch.testing.assert_close(attended[-1][mask], model.embed(targets)[mask], atol=0, rtol=1e-5)
     assert heads.induction_scores(model, idx, targets, mask) == pytest.approx([1.0])
     with torch.no_grad():
-        model.blocks[0].attn.shift["k"].weight.copy_(torch.tensor([1.0, 0.0]).view(2, 1, 1))
-    assert toy.evaluate(config, model, make_batch)["accuracy"] < 0.2
+        attn.shift["k"].weight.copy_(torch.tensor([1.0, 0.0]).view(2, 1, 1))
+    assert toy.evaluate(config, model, batch)["accuracy"] < 0.2
     assert heads.induction_scores(model, idx, targets, mask) == pytest.approx([0.0])
 
 

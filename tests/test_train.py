@@ -129,13 +129,12 @@ def test_a_run_killed_at_every_file_operation_of_a_save_ends_like_one_that_was_n
         corpus, tmp_path, whole):
     assert train_with_kills(arguments(corpus, tmp_path / "b"), range(1, 26)) > 12
     assert_same_run(whole, tmp_path / "b")
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [
-        "best.pt", "ckpt.pt", "log.jsonl", "loss.png"] or (tmp_path / "b" / "old-1").exists()
+    assert not list((tmp_path / "b").glob(".*"))  # no temporary file is left
 
 
 @pytest.mark.slow
 def test_a_run_killed_50_times_ends_like_one_that_was_not(call, corpus, tmp_path):
-    more = {"max_steps": 60, "optimizer": "muon"}
+    more = {"max_steps": 200, "optimizer": "muon"}
     assert call(train.main, *arguments(corpus, tmp_path / "a", **more))[0] == 0
     kills = [14 + i % 7 for i in range(50)]
     assert train_with_kills(arguments(corpus, tmp_path / "b", **more), kills) == 50
@@ -227,10 +226,11 @@ def damaged_checkpoint(path, damage):
              "not finite": lambda: checkpoint["model"]["norm.weight"].fill_(math.nan),
              "weight's shape": lambda: checkpoint["model"].update({"norm.weight": torch.ones(3)}),
              "weight missing": lambda: checkpoint["model"].pop("norm.weight"),
-             "state's shape": lambda: state.update({"exp_avg": torch.ones(3)}),
+             "state's shape": lambda: state.update({"exp_avg": torch.ones(())}),
              "state missing": lambda: checkpoint["optimizer"]["state"].pop("norm.weight"),
              "no optimizer": lambda: checkpoint.pop("optimizer"),
              "run's types": lambda: checkpoint["run"].update({"step": "x"}),
+             "no config": lambda: checkpoint.pop("config"),
              "version 1": lambda: checkpoint.update({"format": 1})}
     if damage in edits:
         edits[damage]()
@@ -247,7 +247,7 @@ def damaged_checkpoint(path, damage):
 
 
 @pytest.mark.parametrize("damage", [
-    "no dict", "not finite", "run's types", "version 1", "cut", "one bit", "text"])
+    "no dict", "not finite", "no config", "run's types", "version 1", "cut", "one bit", "text"])
 def test_a_damaged_checkpoint_is_one_line_and_stays_as_it_is(call, corpus, whole, damage):
     path = whole / "ckpt.pt"
     damaged_checkpoint(path, damage)
@@ -328,9 +328,9 @@ def test_a_run_can_start_from_the_weights_of_another(call, corpus, tmp_path, who
 def test_weights_of_another_model_or_tokenizer_are_refused(call, corpus, tmp_path, whole):
     init = {"init_from": whole / "best.pt"}
     code, out, err = call(train.main, *arguments(corpus, tmp_path / "a", n_layer=3, **init))
-    assert code == 2 and "do not fit the model" in err
+    assert code == 2 and "is of another model: n_layer was 2, is 3" in err
     code, out, err = call(train.main, *arguments(corpus, tmp_path / "b", init_from="gpt2"))
-    assert code == 2 and "No such file or directory: gpt2" in err
+    assert code == 2 and "must be a checkpoint, such as out/x/best.pt" in err
     meta = data_module.read_meta(corpus) | {"tokenizer": {"kind": "char", "chars": "ab"}}
     data_module.write_meta(corpus, meta)
     code, out, err = call(train.main, *arguments(corpus, tmp_path / "c", **init))

@@ -27,28 +27,22 @@ class PrepareConfig:
 
 def main():
     config = parse(PrepareConfig)
-    job = Job(SIZE, functools.cache(lambda: list(read(config))))  # the alphabet needs it, too
+    url = Path(config.input).absolute().as_uri() if config.input else config.url
+    job = Job(SIZE, functools.cache(lambda: list(read(url))))  # read twice: for the alphabet, too
     write_corpus(Path(__file__).parent, {"kind": "char"}, {"sha256": SHA256}, [job])
 
 
-def read(config: PrepareConfig):
-    raw = Path(config.input).read_bytes() if config.input else download(config.url)
-    if (found := hashlib.sha256(raw).hexdigest()) != SHA256:
-        raise UserError(f"{config.input or config.url} is not tiny Shakespeare: it has "
-                        f"{len(raw):,} bytes and sha256 {found}")
+def read(url: str):
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            raw = response.read()
+    except (OSError, ValueError) as error:  # URLError, HTTPError and timeouts are OSErrors
+        raise UserError(f"cannot read {url} ({error}): pass a local copy as --input=FILE") from None
+    if hashlib.sha256(raw).hexdigest() != SHA256:
+        raise UserError(f"{url} is not tiny Shakespeare: its sha256 must be {SHA256}")
     n_train = int(0.9 * len(raw))  # all characters are ASCII
     yield "train", raw[:n_train], False
     yield "val", raw[n_train:], False
-
-
-def download(url: str) -> bytes:
-    print(f"downloading {url} (1.1 MB)")
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response:
-            return response.read()
-    except (OSError, ValueError) as error:  # URLError, HTTPError and timeouts are OSErrors
-        raise UserError(f"cannot download {url} ({error}): pass a local copy as --input=FILE"
-                        ) from None
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ same command to resume.
 """
 
 import io
-import itertools
+import mmap
 import os
+import re
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +21,9 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from config import UserError, parse_with_paths, run
 from data import FOLDER
-from data.tokenizing import Job, read_text, write_corpus
+from data.tokenizing import Job, split_documents, write_corpus
 
-SHARD_SIZE = 1 << 25  # bytes of text in a shard, about
-LINE = 1 << 20  # a line above 1 MB may be split between two characters
+SHARD_SIZE = 1 << 24  # bytes of text in a shard, at least, except in the last
 
 
 @dataclass
@@ -33,72 +33,61 @@ class PrepareConfig:
     val_fraction: float = 0.1  # fraction of the text, at its end, that becomes val
     workers: int = 0  # processes that tokenize; 0: one for each core
 
-    def __post_init__(self):
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction={self.val_fraction} must be between 0 and 1")
-
 
 def main():
     config, paths = parse_with_paths(PrepareConfig, "FILE")
     if not paths:
         raise UserError("name the text files: python data/text/prepare.py FILE... --name=mytext")
-    sizes = [os.path.getsize(path) for path in paths]
+    files = [(path, os.path.getsize(path)) for path in paths]
     options = {"tokenizer": config.tokenizer, "val_fraction": config.val_fraction,
-               "shard_size": SHARD_SIZE,
-               "input": [[Path(path).name, size] for path, size in zip(paths, sizes, strict=True)]}
-    jobs = []
-    parts = split_files(paths, sizes, config.val_fraction)
-    for _, group in itertools.groupby(parts, lambda part: part[0]):
-        group = list(group)
-        size = sum(stop - begin for *_, begin, stop in group)
-        jobs.append(Job(size, partial(read, group, config.tokenizer != "bytes")))
+               "shard_size": SHARD_SIZE, "input": [[Path(path).name, size] for path, size in files]}
+    jobs = [Job(sum(end - begin for *_, begin, end in parts),
+                partial(read, parts, config.tokenizer != "bytes"))
+            for parts in split_files(files, config.val_fraction)]
     write_corpus(FOLDER / config.name, {"kind": config.tokenizer}, options, jobs, config.workers)
 
 
-def split_files(paths: list[str], sizes: list[int], val_fraction: float):
-    """Yields (job number, path, split, begin, stop) of parts of files. A job has about SHARD_SIZE
-    bytes: one part of a large file, or several small files."""
-    total, start = sum(sizes), 0  # start: of a file in the whole text
+def split_files(files: list[tuple], val_fraction: float) -> list[list[tuple]]:
+    """The parts of files (path, split, begin, end) of each job: SHARD_SIZE bytes, or more."""
+    jobs, total, start = {}, sum(size for _, size in files), 0  # start: of a file in the whole text
     val_start = int((1 - val_fraction) * total)
-    for path, size in zip(paths, sizes, strict=True):
+    for path, size in files:
         with open(path, "rb") as f:
-            n_train = min(max(val_start - start, 0), size)
-            if 0 < n_train < size:
-                n_train = cut(f, n_train, limit=(total - val_start) // 2)
-            for split, begin, end in (("train", 0, n_train), ("val", n_train, size)):
-                while begin < end:
-                    stop = min(cut(f, begin + SHARD_SIZE, limit=LINE), end)
-                    yield (start + begin) // SHARD_SIZE, path, split, begin, stop
-                    begin = stop
+            text = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        n_train = min(max(val_start - start, 0), size)
+        if 0 < n_train < size:
+            n_train = cut(text, n_train, (total - val_start) // 2)
+        for split, begin, end in (("train", 0, n_train), ("val", n_train, size)):
+            while begin < end:
+                stop = min(cut(text, begin + SHARD_SIZE, SHARD_SIZE // 2), end)
+                part = path, split, begin, stop
+                jobs.setdefault((start + begin) // SHARD_SIZE, []).append(part)
+                begin = stop
         start += size
+    return list(jobs.values())
 
 
-def cut(f, at: int, limit: int) -> int:
-    """The best position from `at` to at + limit to split a text: after a line <|endoftext|> or at
-    the end of the file, else at the start of a line, else between two characters."""
-    f.seek(at - 1)
-    position, line_start = at - 1, 0
-    while (line := f.readline(LINE)) and position + len(line) <= at + limit:
-        position += len(line)
-        if line.strip() == b"<|endoftext|>":
-            return position
-        if line.endswith(b"\n"):
-            line_start = line_start or position
-    if not line:
-        return position
-    f.seek(at)
-    while b"\x80" <= f.read(1) < b"\xc0":  # inside a character
-        at += 1
-    return line_start or at
+def cut(text, at: int, limit: int) -> int:
+    """The best position from `at` to at + limit to split a text: behind a line <|endoftext|> or at
+    the end of the text, else behind a line, else behind a character."""
+    if match := re.compile(rb"\n<\|endoftext\|>\r?\n").search(text, at - 1, at + limit):
+        return match.end()
+    if at + limit >= len(text):
+        return len(text)
+    line_end = text.find(b"\n", at - 1, at + limit) + 1
+    return line_end or re.compile(rb"(?s).(?![\x80-\xbf])").search(text, at - 1).end()
 
 
-def read(parts, check_utf8: bool):
-    for _, path, split, begin, stop in parts:
+def read(parts: list[tuple], check_utf8: bool):
+    for path, split, begin, end in parts:
         with open(path, "rb") as f:
             f.seek(begin)
-            lines, is_end = io.BytesIO(f.read(stop - begin)), not f.read(1)
-        for raw, ends in read_text(lines, path, begin, is_end, check_utf8):
-            yield split, raw, ends
+            raw, is_end = f.read(end - begin), not f.read(1)
+        *documents, last = split_documents(io.BytesIO(raw), path, begin, check_utf8)
+        for document in filter(None, documents):
+            yield split, document, True
+        if last:
+            yield split, last, is_end
 
 
 if __name__ == "__main__":
