@@ -10,7 +10,6 @@ within each round. A training step is one micro-batch, gradient clipping and the
 
 import importlib.util
 import json
-import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -56,9 +55,8 @@ def main():
             partial(decoding, configs[0], device, dtype)]
     kinds = list(make_models(configs[0], "meta"))
     seconds = len(plan) * len(kinds) * (config.rounds * config.seconds + 8)  # 8: to compile
-    print(f"{device_name}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads\n"
-          f"{len(plan)} measurements of {', '.join(kinds)}, about {seconds / 60:.0f} minutes\n")
-
+    print(f"{device_name}, {torch.get_num_threads()} threads, {dtype}: {len(plan)} measurements of "
+          f"{', '.join(kinds)}, about {seconds / 60:.1f} minutes\n", flush=True)
     others = [kind for kind in kinds if kind != kinds[1]]
     head = ["", *kinds, *(f"time of {kinds[1]} / {kind}" for kind in others)]
     results, rows = {}, []  # results: name of a measurement -> kind of model -> value per round
@@ -80,8 +78,7 @@ def make_models(config: BenchConfig, device) -> dict[str, torch.nn.Module]:
     shifted = config.kv_shift if config.kv_shift != "none" else "kv"
     models = {f"kv_shift={kind}": GPT(replace(config, kv_shift=kind)) for kind in ("none", shifted)}
     if config.nanogpt:
-        path = Path(config.nanogpt) / "model.py"
-        spec = importlib.util.spec_from_file_location("nanogpt", path)
+        spec = importlib.util.spec_from_file_location("nanogpt", f"{config.nanogpt}/model.py")
         nanogpt = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(nanogpt)
         nanogpt.print = lambda *values: None  # it prints its size
@@ -100,7 +97,7 @@ def training(config, device, dtype, compiled: bool) -> dict:
             loss = fast_model(x, y)
         loss = loss[1] if isinstance(loss, tuple) else loss  # nanoGPT returns logits and loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or float("inf"))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

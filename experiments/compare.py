@@ -21,7 +21,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config import UserError, parse, run
-from plot import COLORS, save_figure, table
+from plot import COLORS, mean_and_error, save_figure, table
 
 import numpy as np
 
@@ -34,16 +34,14 @@ EXPERIMENTS = {  # options of train.py
         "eval_tokens": 131_072, "log_every": 25},
     "shakespeare": MODEL | {  # characters
         "dataset": "shakespeare_char", "block_size": 64, "batch_size": 12, "max_steps": 2000,
-        "eval_every": 250, "eval_tokens": 0, "log_every": 50},
-}
+        "eval_every": 250, "eval_tokens": 0, "log_every": 50}}
 ARMS = {  # the first one is the reference
     "vanilla": {"kv_shift": "none"}, "KV shift": {"kv_shift": "kv"},
     "keys only": {"kv_shift": "k"}, "values only": {"kv_shift": "v"},
     "queries too": {"kv_shift": "qkv"},
     "window 3": {"shift_window": 3}, "window 4": {"shift_window": 4},
     "gate": {"shift_weights": "gate"}, "clamp": {"shift_weights": "clamp"},
-    "per channel": {"shift_per": "channel"}, "identity": {"shift_init": "identity"},
-}
+    "per channel": {"shift_per": "channel"}, "identity": {"shift_init": "identity"}}
 
 
 @dataclass
@@ -115,22 +113,18 @@ def read_results(path: Path) -> dict[str, dict[int, dict]]:
     return {arm: seeds for arm, seeds in arms.items() if seeds}
 
 
-def paired(arms: dict, arm: str) -> tuple[float, float]:
-    """Mean and standard error of the differences in val loss to the first arm, seed by seed."""
+def differences(arms: dict, arm: str) -> list[float]:
+    """How much higher the val losses are than those of the first arm, seed by seed."""
     first = next(iter(arms.values()))
-    d = [r["val_loss"] - first[seed]["val_loss"] for seed, r in arms[arm].items() if seed in first]
-    return np.mean(d), np.std(d, ddof=1) / len(d) ** 0.5 if len(d) > 1 else np.nan
+    return [r["val_loss"] - first[s]["val_loss"] for s, r in arms[arm].items() if s in first]
 
 
 def make_table(arms: dict) -> str:
-    rows = []
-    for arm, seeds in arms.items():
-        runs, (mean, error) = list(seeds.values()), paired(arms, arm)
-        rows.append([arm, str(len(runs)), f"{np.mean([r['val_loss'] for r in runs]):.4f}",
-                     f"{mean:+.4f} ± {error:.4f}", ", ".join(f"{r['saved']:.2f}" for r in runs),
-                     f"{runs[0]['parameters']:,}"])
+    rows = [[arm, str(len(seeds)), mean_and_error([r["val_loss"] for r in seeds.values()]),
+             mean_and_error(differences(arms, arm), sign="+"),
+             mean_and_error([r["saved"] for r in seeds.values()])] for arm, seeds in arms.items()]
     return table(["", "seeds", "val loss", f"difference to {next(iter(arms))}",
-                  "nats saved on the repeat, by seed", "parameters"], rows)
+                  "nats saved on the repeat"], rows)
 
 
 def draw(arms: dict, path: Path):
@@ -139,14 +133,14 @@ def draw(arms: dict, path: Path):
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     dots, curves = figure.subplots(1, 2)
-    for arm in sorted(arms, key=lambda arm: -paired(arms, arm)[0]):
-        color, (mean, error) = COLORS.get(ARMS[arm].get("kv_shift")), paired(arms, arm)
-        dots.errorbar(mean, arm, xerr=error, fmt="o", color=color or "gray", capsize=3)
+    for arm in sorted(arms, key=lambda arm: -np.mean(differences(arms, arm))):
+        color, d = COLORS.get(ARMS[arm].get("kv_shift")), differences(arms, arm)
+        dots.plot(d, [arm] * len(d), "o", color=color or "gray")
         if color:
             steps, losses, _ = np.transpose([r["curve"][1:] for r in arms[arm].values()])
             curves.plot(steps[:, 0], losses.mean(1), color=color, label=arm)
             curves.fill_between(steps[:, 0], losses.min(1), losses.max(1), color=color, alpha=0.2)
-    dots.set(xlabel=f"val loss minus that of {next(iter(arms))}", title="mean ± standard error")
+    dots.set(xlabel=f"val loss minus that of {next(iter(arms))}", title="dot: a seed")
     curves.set(xlabel="steps", ylabel="val loss", title="line: mean of the seeds, band: range")
     curves.legend()
     save_figure(figure, path)

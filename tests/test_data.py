@@ -278,6 +278,7 @@ def test_a_download_from_the_hub_resumes(prepare, tmp_path, monkeypatch):
     prepare(openwebtext, *arguments, error="pip install huggingface_hub pyarrow")
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(**locals()))
     prepare(openwebtext, *arguments, error="(ConnectionError: the network is down): rerun the same")
+    assert not list(tmp_path.glob(".hub.tmp/*.jsonl"))
     broken.clear()
     assert "1 of 3 parts are done" in prepare(openwebtext, *arguments)
     assert texts(tmp_path) == [a * 3 for a in splits[0]] and len(splits) == 3

@@ -20,13 +20,12 @@ def write_log(folder: Path, val_losses: list[float], end="", **config) -> Path:
     """The log of a run of 20 steps: an evaluation and a training loss every 10 steps."""
     config = asdict(TrainConfig(vocab_size=64, max_steps=20, **config))
     lines = [{"config": config, "step": 0}]
-    for step, val_loss in zip(range(0, 30, 10), val_losses, strict=False):
-        lines.append({"step": step, "val_loss": val_loss, "val_random": 3.0, "val_induction": 2.0})
-        if step:
-            seconds = step / 10 * config["seed"]
-            lines[-1] |= {"loss": 3.0, "tokens": 100 * step, "seconds": seconds}
+    for i, val_loss in enumerate(val_losses):
+        line = {"step": 10 * i, "val_loss": val_loss, "val_random": 3.0, "val_induction": 2.0}
+        late = {"loss": 3.0, "tokens": 1000 * i, "seconds": i * config["seed"]}
+        lines.append(line | (late if i else {}))
     folder.mkdir()
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + end)
+    (folder / "log.jsonl").write_text("\n".join([*map(json.dumps, lines), end]))
     return folder
 
 
@@ -43,21 +42,15 @@ def cells(text: str) -> list[list[str]]:
      ["n_layer=2, kv_shift=kv, max_steps=9", "n_layer=3, kv_shift=kv, max_steps=2000"]),
 ])
 def test_labels_name_what_differs(configs, labels):
-    groups = plot.group([{"config": asdict(TrainConfig(**config))} for config in configs])
-    assert [label for label, *_ in groups] == labels
-    assert sum(len(runs) for *_, runs in groups) == len(configs)
-
-
-def test_a_model_option_that_is_newer_than_a_run_had_its_default():
-    old = asdict(TrainConfig())
-    del old["rope_base"]
-    assert len(plot.group([{"config": old}, {"config": asdict(TrainConfig())}])) == 1
+    runs = [{"config": asdict(TrainConfig(**config))} for config in configs]
+    del runs[0]["config"]["rope_base"]  # an option that is newer than a run had its default
+    assert [label for label, *_ in plot.group(runs)] == labels
 
 
 def test_each_kind_of_model_has_one_colour():
     kinds = [{"kv_shift": "none"}, {}, {"kv_shift": "qkv"}, {"shift_window": 3}]
-    colors = [color for _, color, _ in
-              plot.group([{"config": asdict(TrainConfig(**kind))} for kind in kinds])]
+    groups = plot.group([{"config": asdict(TrainConfig(**kind))} for kind in kinds])
+    colors = [color for _, color, _ in groups]
     assert colors[:2] == ["#0072B2", "#D55E00"] and len(set(colors)) == 4
 
 
@@ -73,16 +66,14 @@ def test_a_line_is_the_mean_of_the_seeds_as_far_as_all_have_come(tmp_path):
     np.testing.assert_allclose(points("12", "steps"), [
         [0, 10, 20], [4.2, 3.1, 2.3], [4.0, 3.0, 2.0], [4.4, 3.2, 2.6]])
     np.testing.assert_allclose(points("123", "tokens"), [[0, 1000], [4.2, 3.2], [4, 3], [4.4, 3.4]])
-    np.testing.assert_allclose(points("12", "seconds"), [  # seed 2 took twice as long
-        [0, 1, 2], [4.2, 3.4, 2.6], [4.0, 3.0, 2.0], [4.4, 3.8, 3.2]])
+    np.testing.assert_allclose(points("12", "seconds")[1], [4.2, 3.4, 2.6])  # seed 2 is slower
 
 
 @pytest.mark.parametrize("x", ["steps", "tokens", "seconds"])
 def test_the_table_equals_a_computation_by_hand(call, tmp_path, x):
     finals = {"none": [2.0, 2.2, 2.4], "kv": [1.9, 2.0, 2.1]}
-    folders = [write_log(tmp_path / f"{kv_shift}{seed}", [4.0, 2.5, loss], kv_shift=kv_shift,
-                         seed=seed) for kv_shift in finals
-               for seed, loss in enumerate(finals[kv_shift], start=1)]
+    folders = [write_log(tmp_path / f"{kind}{seed}", [4.0, 2.5, loss], kv_shift=kind, seed=seed)
+               for kind in finals for seed, loss in enumerate(finals[kind], start=1)]
     options = f"--x={x}", f"--out={tmp_path}/new/a.png"
     code, out, err = call(plot.main, *folders, *options)
     head, _, vanilla, shifted = cells(out)
@@ -90,8 +81,7 @@ def test_the_table_equals_a_computation_by_hand(call, tmp_path, x):
     # standard deviations of 0.2, 0.1 and (of -0.1, -0.2, -0.3) 0.1, divided by sqrt(3)
     assert vanilla == ["kv_shift=none", "3", "20", "2.2000 ± 0.1155", ""]
     assert shifted == ["kv_shift=kv", "3", "20", "2.0000 ± 0.0577", "-0.2000 ± 0.0577"]
-    height, width, _ = imread(tmp_path / "new/a.png").shape
-    assert height > 300 and width > 600
+    assert imread(tmp_path / "new/a.png").std() > 0.01
 
     stopped = write_log(tmp_path / "stopped", [4.0, 2.3], kv_shift="none", seed=4)
     complete = write_log(tmp_path / "complete", [4.0, 2.4, 2.0], kv_shift="kv", seed=4)
@@ -100,39 +90,30 @@ def test_the_table_equals_a_computation_by_hand(call, tmp_path, x):
     assert cells(call(plot.main, *folders, complete, *options)[1])[3][-1] == ""  # unequal seeds
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ([], "no runs"),
-    (["missing"], "No such file or directory: missing/log.jsonl"),
-    (["damaged"], "damaged/log.jsonl is damaged (JSONDecodeError"),
-    (["new"], "new/log.jsonl has no val loss yet"),
+@pytest.mark.parametrize("folder, message", [
+    ("missing", "No such file or directory: missing/log.jsonl"),
+    ("damaged", "damaged/log.jsonl is damaged (JSONDecodeError"),
+    ("new", "new/log.jsonl has no val loss yet"),
 ])
-def test_a_missing_or_damaged_file_is_one_line(call, tmp_path, monkeypatch, arguments, message):
+def test_a_missing_or_damaged_file_is_one_line(call, tmp_path, monkeypatch, folder, message):
     monkeypatch.chdir(tmp_path)
     write_log(tmp_path / "new", [])
     write_log(tmp_path / "damaged", [4.0], end='{"step": 1, "lo\n{"step": 2, "loss": 1.0}\n')
-    code, out, err = call(plot.main, *arguments)
+    code, out, err = call(plot.main, folder)
     assert code == 2 and message in err and err.count("\n") == 1 and not out
 
 
 def test_learned_weights_are_counted_as_the_model_uses_them(call, tmp_path):
-    weights = {"k": [[[0.9, 0.1], [0.1, 0.9]], [[3.0, 0.2], [2.0, 0.7]]],  # (3, 2) clamps to (1, 1)
-               "v": [[[0.8, 0.8], [0.2, 0.2]], [[0.6, -1.0], [0.5, 0.3]]]}
-    for kind in ("kv", "none"):
-        config = TrainConfig(n_layer=2, n_head=2, n_embd=8, vocab_size=9, kv_shift=kind,
-                             shift_weights="clamp")
-        model = GPT(config)
-        for layer, block in enumerate(model.blocks):
-            for name, shift in block.attn.shift.items():
-                shift.weight.data[..., 0] = torch.tensor(weights[name][layer])
-        (tmp_path / kind).mkdir()
-        corpus = SimpleNamespace(tokenizer={"kind": "bytes"}, checksum="")
-        save_checkpoint(tmp_path / kind / "best.pt", model, None, config, corpus, RunState())
-
-    options = "--scalars=True", f"--out={tmp_path}/a.png"
-    code, out, err = call(plot.main, tmp_path / "kv", *options)
+    weights = {"k": [[0.9, 0.1, 3.0, 2.0], [0.1, 0.9, 0.2, 0.7]],  # head 2 is clamped to (1, 0.2)
+               "v": [[0.8, 0.2, 0.6, 1.5], [0.8, 0.1, -1.0, 1.3]]}  # head 3 to (1, 1)
+    config = TrainConfig(n_layer=2, n_head=4, n_embd=8, vocab_size=9, shift_weights="clamp")
+    model = GPT(config)
+    for block in model.blocks:
+        for name, shift in block.attn.shift.items():
+            shift.weight.data[..., 0] = torch.tensor(weights[name])
+    corpus = SimpleNamespace(tokenizer={"kind": "bytes"}, checksum="")
+    save_checkpoint(tmp_path / "best.pt", model, None, config, corpus, RunState())
+    code, out, err = call(plot.main, tmp_path, "--scalars=True", f"--out={tmp_path}/a.png")
     assert code == 0 and not err and imread(tmp_path / "a.png").std() > 0.01
-    _, _, paper, found = cells(out)
-    assert paper == ["the paper's 2.9B model", "50", "17", "9", "52"]
-    assert found == ["kv_shift=kv", "1", "2", "0", "1"]
-    code, _, err = call(plot.main, tmp_path / "none", *options)
-    assert code == 2 and "has no alpha or no beta" in err and err.count("\n") == 1
+    assert cells(out)[2:] == [["the paper's 2.9B model", "50", "17", "9", "52"],
+                              ["kv_shift=kv", "2", "2", "4", "0"]]
