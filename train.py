@@ -512,10 +512,12 @@ class Log:
 
 
 def print_samples(model: GPT, tokenizer: Tokenizer, device):
-    idx = torch.full((3, 1), tokenizer.start, device=device)
+    """Three short samples that begin at the start of a line: document starts are often alike."""
+    prompt = [tokenizer.start] if tokenizer.kind == "char" else tokenizer.encode("\n").tolist()
+    idx = torch.tensor(prompt, device=device).repeat(3, 1)
     generator = torch.Generator(device).manual_seed(1)
     texts = model.eval().generate(idx, 150, temperature=0.8, generator=generator)
-    for text in texts[:, 1:].tolist():
+    for text in texts[:, len(prompt) :].tolist():
         print(f"---\n{tokenizer.decode(text)}")
 
 

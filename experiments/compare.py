@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config import UserError, parse, run
 from plot import COLORS, mean_and_error, save_figure, table
+from train import prepare_corpus
 
 import numpy as np
 
@@ -33,8 +34,7 @@ EXPERIMENTS = {  # options of train.py
         "learning_rate": 3e-3, "min_lr": 3e-4, "warmup_steps": 50, "eval_every": 150,
         "eval_tokens": 131_072, "log_every": 25},
     "shakespeare": MODEL | {  # characters
-        "dataset": "shakespeare_char", "block_size": 64, "batch_size": 12, "max_steps": 2000,
-        "eval_every": 250, "eval_tokens": 0, "log_every": 50}}
+        "dataset": "shakespeare_char", "block_size": 64, "batch_size": 12, "eval_tokens": 0}}
 ARMS = {  # the first one is the reference
     "vanilla": {"kv_shift": "none"}, "KV shift": {"kv_shift": "kv"},
     "keys only": {"kv_shift": "k"}, "values only": {"kv_shift": "v"},
@@ -75,6 +75,7 @@ def train_missing(config: CompareConfig, path: Path):
         raise UserError(f"arms={config.arms} must be some of: {', '.join(ARMS)}")
     missing = [(arm, seed) for seed in map(int, config.seeds.split()) for arm in arms
                if seed not in done.get(arm, {})]
+    prepare_corpus(EXPERIMENTS[config.experiment]["dataset"])  # before several runs want to
     started = time.monotonic()
     with ThreadPoolExecutor(config.workers) as pool:
         futures = [pool.submit(train_one, config, *arm_and_seed) for arm_and_seed in missing]
@@ -123,8 +124,7 @@ def make_table(arms: dict) -> str:
     rows = [[arm, str(len(seeds)), mean_and_error([r["val_loss"] for r in seeds.values()]),
              mean_and_error(differences(arms, arm), sign="+"),
              mean_and_error([r["saved"] for r in seeds.values()])] for arm, seeds in arms.items()]
-    return table(["", "seeds", "val loss", f"difference to {next(iter(arms))}",
-                  "nats saved on the repeat"], rows)
+    return table(["", "seeds", "val loss", "difference to the first", "saved on a repeat"], rows)
 
 
 def draw(arms: dict, path: Path):

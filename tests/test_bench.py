@@ -39,9 +39,8 @@ def cells(text: str) -> list[list[str]]:
 
 def test_the_benchmark_measures_both_sizes_beside_nanogpt(call, tmp_path, monkeypatch):
     (tmp_path / "model.py").write_text(NANOGPT)
-    small = dict(zip(bench.SIZES[0], (1, 2, 16, 8, 65, 2), strict=True))
+    small, path = dict(zip(bench.SIZES[0], (1, 2, 16, 8, 65, 2), strict=True)), tmp_path / "a.json"
     monkeypatch.setattr(bench, "SIZES", [small, small | {"block_size": 16}])
-    path = tmp_path / "results.json"
     code, out, err = call(bench.main, *FAST, f"--nanogpt={tmp_path}", f"--json={path}")
     assert code == 0 and not err and "number of parameters" not in out
     results, table = json.loads(path.read_text())["results"], cells(out)
@@ -65,8 +64,7 @@ def test_options_of_the_size_select_one_model(call):
 
 
 def test_flops_are_those_that_torch_counts():
-    model = GPT(GPTConfig(block_size=32, vocab_size=100, n_layer=2, n_head=4, n_kv_head=2,
-                          n_embd=32))
+    model = GPT(GPTConfig(block_size=32, vocab_size=9, n_layer=2, n_head=4, n_kv_head=2, n_embd=32))
     idx = torch.zeros(3, 32, dtype=torch.long)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(idx, idx).backward()
