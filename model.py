@@ -111,11 +111,12 @@ class KVShift(nn.Module):
     def forward(self, x, past=None):
         """x: (B, T, n_head, head_dim). past: the window - 1 rows before x, unmixed; None: zeros."""
         n = self.window - 1
-        if past is None:
-            past = x.new_zeros(x.size(0), n, *x.shape[2:])
-        rows = torch.cat([past, x], dim=1)  # (B, window - 1 + T, n_head, head_dim)
-        return sum(w.to(x.dtype) * rows[:, n - i : rows.size(1) - i]
-                   for i, w in enumerate(self.weights(x)))
+        rows = F.pad(x, (0, 0, 0, 0, n, 0)) if past is None else torch.cat([past, x], dim=1)
+        w = [w.to(x.dtype) for w in self.weights(x)]
+        y = w[0] * x
+        for i in range(1, self.window):
+            y = y + w[i] * rows[:, n - i : rows.size(1) - i]  # x_{t-i}
+        return y
 
 
 class Cache:
