@@ -153,17 +153,16 @@ class Cache:
 
 
 def rotary(start, end, head_dim, base, device):
-    """cos and (-sin, sin), each (T, 1, D), of the rotary angles of positions start to end - 1."""
-    frequencies = base ** -(torch.arange(0, head_dim, 2, device=device) / head_dim)  # (D / 2,)
+    """cos and sin (T, 1, D / 2) of the rotary angles of positions start to end - 1."""
+    frequencies = base ** -(torch.arange(0, head_dim, 2, device=device) / head_dim)
     angles = torch.arange(start, end, device=device)[:, None, None] * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
     """Rotary position embedding: turns channels d and d + D/2 of x (B, T, heads, D)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 class Attention(nn.Module):
