@@ -64,8 +64,10 @@ def draw_curves(folders, out, x: str = "steps") -> str:
             ax.set_ylim(top=1.02 * max(late))
         ax.set(title=PANELS[key], xlabel=x, ylabel="nats")
         ax.grid(alpha=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
-                  frameon=False, title="line: mean of the seeds, band: lowest to highest")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False,
+                  ncols=3 if max(map(len, labels), default=0) < 30 else 1,
+                  title="line: mean of the seeds, band: lowest to highest")
     save_figure(figure, out)
     return table_of_groups(groups)
 
