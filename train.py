@@ -133,18 +133,18 @@ def train(config: TrainConfig) -> int:
     if distributed and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device, dtype = choose_device(config.device, config.dtype)
-    if distributed:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
-    elif config.fsdp:
+    if config.fsdp and not distributed:
         raise UserError("fsdp=True needs several processes: torchrun --nproc_per_node=N train.py")
     micro_batch_size = config.micro_batch_size or max(1, config.batch_size // world_size)
     n_micro_batches, rest = divmod(config.batch_size, world_size * micro_batch_size)
-    if rest or not n_micro_batches:
+    if rest or n_micro_batches < 1:
         raise UserError(f"batch_size={config.batch_size} must be a multiple of micro_batch_size="
                         f"{micro_batch_size} times {world_size} processes")
     if config.wandb_project and importlib.util.find_spec("wandb") is None:
         raise UserError("wandb_project needs Weights & Biases: pip install wandb")
+    if distributed:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
