@@ -64,7 +64,9 @@ def save_checkpoint(path: Path, model, optimizers, config, corpus, state: RunSta
             try:
                 torch.save(checkpoint, f)
             except RuntimeError as error:  # torch hides the reason, such as a full disk
-                raise error.__context__ or error from None
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
 
 def load_checkpoint(path) -> dict:
