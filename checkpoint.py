@@ -102,16 +102,19 @@ def load_model(checkpoint: dict, device, dtype=torch.float32) -> GPT:
 
 def restore(checkpoint: dict, model, optimizers=()):
     """Loads the weights, and the states of optimizers, if their shapes fit."""
-    shapes = {name: p.shape for name, p in model.named_parameters()}
+    adds_shift = checkpoint.get("adds_shift", False)  # its weights are those of identity
+    shapes = {name: p.shape for name, p in model.named_parameters()
+              if not (adds_shift and "shift." in name)}
     fit = shapes == {name: weight.shape for name, weight in checkpoint["model"].items()}
     if optimizers:  # torch crashes on an optimizer state of another shape
         states = checkpoint.get("optimizer", {}).get("state", {})
-        fit &= shapes.keys() == states.keys() and all(
+        learned = {name for name, p in model.named_parameters() if p.requires_grad}
+        fit &= learned == states.keys() and all(
             value.shape == (() if key == "step" else shapes[name])
             for name in states for key, value in states[name].items())
     if not fit:
         raise UserError(f"{checkpoint['path']}: weights or optimizer states do not fit the model")
-    options = StateDictOptions(full_state_dict=True)
+    options = StateDictOptions(full_state_dict=True, strict=not adds_shift)
     set_model_state_dict(model, checkpoint["model"], options=options)
     if optimizers:
         set_optimizer_state_dict(model, optimizers, checkpoint["optimizer"], options=options)
@@ -145,12 +148,16 @@ def load_resumable(config, corpus) -> dict | None:
 
 
 def load_init(config, corpus) -> dict:
-    """The checkpoint init_from, of a model that differs at most in options without weights."""
+    """The checkpoint init_from, of a model that differs at most in options without weights, or of a
+    vanilla model to which shift_init=identity adds the shift: it starts with the same logits."""
     if not Path(config.init_from).is_file():
         raise UserError(f"init_from={config.init_from} must be a checkpoint, such as out/x/best.pt "
                         "(to resume a run, rerun its command)")
     checkpoint = load_checkpoint(config.init_from)
     names = {f.name for f in fields(GPTConfig)} - {"block_size", "dropout", "shift_init"}
+    if config.shift_init == "identity" and not any("shift." in key for key in checkpoint["model"]):
+        checkpoint["adds_shift"] = True
+        names = {name for name in names if "shift" not in name}
     if differ := differences(checkpoint, config, None, names):
         raise UserError(f"{config.init_from} is of another model: {'; '.join(differ)}")
     if checkpoint["tokenizer"] != corpus.tokenizer:

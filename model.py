@@ -25,15 +25,17 @@ class GPTConfig:
     n_kv_head: int | None = None  # key/value heads per block; None: n_head
     n_embd: int = 384  # width
     ffn_size: int | None = None  # hidden width of the SwiGLU; None: about 8/3 n_embd
-    rope_base: float = 100_000.0  # base of the rotary frequencies
+    rope_base: float = 100_000.0  # base of the rotary frequencies; 0: no positions
     norm_eps: float = 1e-6  # epsilon of RMSNorm
     dropout: float = 0.0  # on the embeddings, the attention weights and each residual branch
     tie_embeddings: bool = True  # the output head shares the matrix of the token embedding
     kv_shift: Literal["none", "kv", "k", "v", "qkv"] = "kv"  # projections to shift; kv: the paper's
     shift_window: int = 2  # tokens in a mix, the current one included; 2: the paper's
-    shift_weights: Literal["free", "gate", "clamp"] = "free"  # unconstrained | softmax | in [0, 1]
+    shift_at: Literal["attention", "block", "embedding"] = "attention"  # others: kv_shift=none
+    shift_weights: Literal["free", "gate", "clamp", "input"] = "free"  # kind, see class KVShift
     shift_per: Literal["head", "channel"] = "head"  # one set of weights per head | per channel
-    shift_init: Literal["uniform", "identity"] = "uniform"  # the paper's U(0, 1) | start as vanilla
+    shift_init: Literal["uniform", "identity", "induction"] = "uniform"  # see class KVShift
+    shift_learned: bool = True  # False: the weights of the shift keep their initial values
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd",
@@ -47,14 +49,19 @@ class GPTConfig:
             raise ValueError(f"n_head={self.n_head} is no multiple of n_kv_head={self.n_kv_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
-        if not 1 < self.rope_base < float("inf") or not 0 < self.norm_eps < 1:
-            raise ValueError(f"rope_base={self.rope_base} must be finite and above 1, "
-                             f"norm_eps={self.norm_eps} in (0, 1)")
+        if not (self.rope_base == 0 or 1 < self.rope_base < float("inf")):
+            raise ValueError(f"rope_base={self.rope_base} must be 0 or finite and above 1")
+        if not 0 < self.norm_eps < 1:
+            raise ValueError(f"norm_eps={self.norm_eps} must be in (0, 1)")
         if not 2 <= self.shift_window <= max(2, self.block_size):
             raise ValueError(f"shift_window={self.shift_window} must be in [2, block_size]")
-        if self.shift_init == "identity" and self.shift_weights == "gate":
-            raise ValueError("shift_init=identity needs weights (1, 0), which shift_weights=gate "
-                             "cannot reach: choose free or clamp")
+        if self.shift_init != "uniform" and self.shift_weights in ("gate", "input"):
+            raise ValueError(f"shift_init={self.shift_init} needs weights of 0 and 1, which "
+                             f"shift_weights={self.shift_weights} cannot reach: choose free")
+        if self.shift_at != "attention" and (
+                self.kv_shift != "none" or self.shift_init == "induction"):
+            raise ValueError(f"shift_at={self.shift_at} needs kv_shift=none, shift_init other "
+                             "than induction")
 
     @property
     def head_dim(self) -> int:
@@ -72,29 +79,34 @@ class KVShift(nn.Module):
     position after an earlier "A" and copies what stands there. That is an induction head.
 
     per: "head", one set of weights per head, or "channel", one per channel (a short convolution).
-    weights: "free" scalars, "clamp" to [0, 1], or "gate", a softmax whose last logit is 0.
-    init: "uniform", w_0, ..., w_{window-2} ~ U(0, 1) and the last one makes the sum 1, or
-    "identity", (1, 0, ..., 0). With weights="gate", "uniform" draws evenly from the simplex.
+    weights: "free" scalars; "clamp" to [0, 1]; "gate", a softmax whose last logit is 0; "input", a
+    gate whose logits also have a linear map of the token's own row, which starts at zero.
+    init: "uniform", w_0, ..., w_{window-2} ~ U(0, 1) and the last one makes the sum 1; "identity",
+    (1, 0, ..., 0); "previous", (0, 1, 0, ..., 0). For gates, "uniform" draws from the simplex.
 
-    Parameter: weight (window, n_head, 1 or head_dim); without the last row for "gate".
+    Parameter: weight (window, n_head, 1 or head_dim); without the last row for gates.
     """
 
     def __init__(self, n_head, head_dim, window=2, per="head", weights="free", init="uniform"):
         super().__init__()
         self.n_head, self.head_dim, self.window = n_head, head_dim, window
         self.kind, self.init = weights, init
-        rows = window - 1 if weights == "gate" else window
+        rows = window - 1 if weights in ("gate", "input") else window
         self.weight = nn.Parameter(torch.empty(rows, n_head, head_dim if per == "channel" else 1))
+        if weights == "input":
+            self.map = nn.Parameter(torch.empty(rows, n_head, head_dim))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self):
         w = self.weight
-        if self.init == "identity":
-            w.zero_()[0] = 1.0
-        elif self.kind == "gate":
+        if self.init != "uniform":
+            w.zero_()[0 if self.init == "identity" else 1] = 1.0
+        elif self.kind in ("gate", "input"):
             e = w.new_empty(self.window, *w.shape[1:]).exponential_()
             w.copy_((e[:-1] / e[-1]).log())
+            if self.kind == "input":
+                self.map.zero_()
         else:
             w.uniform_()
             w[-1] = 1.0 - w[:-1].sum(dim=0)
@@ -102,7 +114,9 @@ class KVShift(nn.Module):
     def weights(self, x):
         """The window weights (w_0, ..., w_{window-1}) for the rows x, each broadcastable to x."""
         w = self.weight
-        if self.kind == "gate":
+        if self.kind == "input":
+            w = w[:, None, None] + torch.einsum("bthd,whd->wbth", x, self.map).unsqueeze(-1)
+        if self.kind in ("gate", "input"):
             w = torch.cat([w, torch.zeros_like(w[:1])]).softmax(dim=0)
         elif self.kind == "clamp":  # straight-through: the gradient is that of the free scalar
             w = w + (w.clamp(0, 1) - w).detach()
@@ -117,6 +131,20 @@ class KVShift(nn.Module):
         for i in range(1, self.window):
             y = y + w[i] * rows[:, n - i : rows.size(1) - i]  # x_{t-i}
         return y
+
+
+def make_shift(c: GPTConfig, n_head: int, name: str = "") -> KVShift:
+    """The shift of the rows `name`: "q", "k", "v" or others."""
+    init = c.shift_init
+    if init == "induction":
+        init = "previous" if name == "k" else "identity"
+    return KVShift(n_head, c.head_dim, c.shift_window, c.shift_per, c.shift_weights, init)
+
+
+def mix(shift: KVShift, x, cache=None):
+    """shift(x) for x (B, T, n_head, head_dim) or (B, T, n_head * head_dim), after cached rows."""
+    rows = x.view(*x.shape[:2], shift.n_head, shift.head_dim)
+    return (cache.shift(shift, rows) if cache else shift(rows)).view_as(x)
 
 
 class Cache:
@@ -154,7 +182,8 @@ class Cache:
 
 def rotary(start, end, head_dim, base, device):
     """cos and sin (T, 1, D / 2) of the rotary angles of positions start to end - 1."""
-    frequencies = base ** -(torch.arange(0, head_dim, 2, device=device) / head_dim)
+    exponents = torch.arange(0, head_dim, 2, device=device) / head_dim
+    frequencies = base**-exponents if base else torch.zeros_like(exponents)
     angles = torch.arange(start, end, device=device)[:, None, None] * frequencies
     return angles.cos(), angles.sin()
 
@@ -176,15 +205,13 @@ class Attention(nn.Module):
         self.v = nn.Linear(c.n_embd, self.n_kv_head * c.head_dim, bias=False)
         self.out = nn.Linear(c.n_embd, c.n_embd, bias=False)
         self.shift = nn.ModuleDict({  # alpha is shift["k"], beta is shift["v"]
-            name: KVShift(n_heads[name], c.head_dim, c.shift_window, c.shift_per, c.shift_weights,
-                          c.shift_init)
-            for name in "qkv" if name in c.kv_shift})
+            name: make_shift(c, n_heads[name], name) for name in "qkv" if name in c.kv_shift})
 
     def forward(self, x, cos, sin, cache: Cache | None = None):
         B, T, C = x.shape
         rows = {name: getattr(self, name)(x).view(B, T, -1, self.head_dim) for name in "qkv"}
         for name, shift in self.shift.items():
-            rows[name] = cache.shift(shift, rows[name]) if cache else shift(rows[name])
+            rows[name] = mix(shift, rows[name], cache)
         q = rotate(rows["q"], cos, sin).transpose(1, 2)  # (B, H, T, D)
         k = rotate(rows["k"], cos, sin).transpose(1, 2)  # (B, K, T, D)
         v = rows["v"].transpose(1, 2)  # (B, K, T, D)
@@ -220,13 +247,17 @@ class Block(nn.Module):
     def __init__(self, c: GPTConfig):
         super().__init__()
         self.norm_attn = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
+        self.shift = make_shift(c, c.n_head) if c.shift_at == "block" else None
         self.attn = Attention(c)
         self.norm_mlp = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
         self.mlp = MLP(c)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x, cos, sin, cache: Cache | None = None):
-        x = x + self.dropout(self.attn(self.norm_attn(x), cos, sin, cache))
+        y = self.norm_attn(x)
+        if self.shift:
+            y = mix(self.shift, y, cache)
+        x = x + self.dropout(self.attn(y, cos, sin, cache))
         return x + self.dropout(self.mlp(self.norm_mlp(x)))
 
 
@@ -238,6 +269,7 @@ class GPT(nn.Module):
         self.config = c = config
         rng_state = torch.get_rng_state()
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
+        self.shift = make_shift(c, c.n_head) if c.shift_at == "embedding" else None
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
@@ -253,12 +285,13 @@ class GPT(nn.Module):
         sqrt(2 n_layer) as in GPT-2; norms 1. Shifts are drawn last, by reset_parameters, so that
         a vanilla and a shifted model with the same seed share all other weights."""
         for name, p in self.named_parameters():
-            if p.ndim == 2 and ".shift." not in name:
+            if p.ndim == 2 and "shift." not in name:
                 ends_branch = name.endswith(("out.weight", "down.weight"))
                 p.normal_(std=0.02 / (2 * self.config.n_layer) ** 0.5 if ends_branch else 0.02)
         for module in self.modules():
             if isinstance(module, KVShift):
                 module.reset_parameters()
+                module.requires_grad_(self.config.shift_learned)
 
     def forward(self, idx, targets=None, cache: Cache | None = None, reduction="mean"):
         """Logits (B, T, V) for the token after each, or with targets the cross entropy in nats.
@@ -281,7 +314,10 @@ class GPT(nn.Module):
         end, max_length = start + idx.size(1), cache.max_length if cache else c.block_size
         if end > max_length:
             raise ValueError(f"{end} tokens do not fit: the model or its cache holds {max_length}")
-        x = self.dropout(self.embed(idx))
+        x = self.embed(idx)
+        if self.shift:
+            x = mix(self.shift, x, cache)
+        x = self.dropout(x)
         cos, sin = (t.to(x.dtype) for t in rotary(start, end, c.head_dim, c.rope_base, x.device))
         for block in self.blocks:
             x = block(x, cos, sin, cache)

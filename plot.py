@@ -170,7 +170,8 @@ def read_scalars(folder: Path) -> dict:
     shifts = [block.attn.shift for block in load_model(checkpoint, "cpu").blocks]
     if not {"k", "v"} <= {*shifts[0]}:
         raise UserError(f"{folder} has no alpha or no beta: pass runs with kv_shift=kv or qkv")
-    scalars = [torch.cat([shift[name].weights(None)[i].flatten() for shift in shifts])
+    row = torch.zeros(1, 1, shifts[0]["k"].n_head, shifts[0]["k"].head_dim)  # for weights=input
+    scalars = [torch.cat([shift[name].weights(row)[i].flatten() for shift in shifts])
                for name in "kv" for i in range(2)]
     return {"config": checkpoint["config"], "scalars": torch.stack(scalars).detach().numpy()}
 

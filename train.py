@@ -74,7 +74,8 @@ class TrainConfig(GPTConfig):
     # logging and evaluation
     log_every: int = 10  # steps between lines of the log
     eval_every: int = 250  # steps between evaluations
-    eval_tokens: int = 262_144  # tokens of the val split to evaluate on, from its start; 0: all
+    eval_tokens: int = 262_144  # tokens of the val split to evaluate on; 0: all
+    eval_start: int = 0  # tokens of the val split to leave out before them
     eval_induction: bool = False  # also evaluate on random tokens and their repetition
     checkpoint_every: int = 250  # steps between checkpoints
     wandb_project: str = ""  # also log to this project of Weights & Biases (pip install wandb)
@@ -93,7 +94,7 @@ class TrainConfig(GPTConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("seed", "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip",
-                     "eval_tokens"):
+                     "eval_tokens", "eval_start"):
             if not 0 <= getattr(self, name) < 2**32:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 2^32)")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
@@ -366,7 +367,9 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
     that both use the same learning rate (arXiv 2502.16982)."""
     muon, decayed, others = [], [], []
     for name, p in model.named_parameters():
-        if p.ndim != 2 or ".shift." in name or name.startswith("embed"):
+        if not p.requires_grad:
+            continue
+        if p.ndim != 2 or "shift." in name or name.startswith("embed"):
             others.append(p)
         elif config.optimizer == "muon" and name.startswith("blocks"):
             muon.append(p)
@@ -422,12 +425,12 @@ def diverged(what: str) -> UserError:
 def evaluation_sets(corpus: Corpus, config: TrainConfig) -> dict:
     """name -> inputs and targets (n, block_size), -1 where there is no target.
 
-    val_loss: windows side by side from the start of the val split. With eval_induction also random
+    val_loss: adjacent windows of the val split. With eval_induction also random
     tokens, block_size / 2 of them and then the same again: val_random has the first ones as
     targets, val_induction the repetition, which an induction head predicts.
     """
     T = config.block_size
-    windows = corpus.windows("val", val_starts(corpus, T, config.eval_tokens), T)
+    windows = corpus.windows("val", val_starts(corpus, T, config.eval_tokens, config.eval_start), T)
     sets = {"val_loss": (windows[:, :-1], windows[:, 1:])}
     if config.eval_induction:  # ids that occur in the windows, without a separator
         once = np.random.RandomState(0).choice(np.unique(windows), (64, T // 2))

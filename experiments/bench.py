@@ -89,6 +89,20 @@ def make_models(config: BenchConfig, device) -> dict[str, torch.nn.Module]:
 
 def training(config, device, dtype, compiled: bool) -> dict:
     """Tokens/s of training steps; on a known GPU also the MFU."""
+    models = make_models(config, device)
+    speeds = time_steps(models, config, device, dtype, compiled)
+    name = (f"{'compiled' if compiled else 'eager'}, {config.n_layer} layers, width "
+            f"{config.n_embd}, context {config.block_size}, batch "
+            f"{config.micro_batch_size or config.batch_size}")
+    results = {f"{name} (tokens/s)": speeds}
+    if device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name(device))):
+        mfu = models["kv_shift=none"].flops_per_token() / peak
+        results[f"{name} (MFU)"] = {kind: [mfu * v for v in speeds[kind]] for kind in speeds}
+    return results
+
+
+def time_steps(models: dict, config, device, dtype, compiled: bool) -> dict[str, list[float]]:
+    """Tokens/s of training steps of each model, in each round."""
     batch_size = config.micro_batch_size or config.batch_size
     x, y = torch.randint(config.vocab_size, (2, batch_size, config.block_size), device=device)
 
@@ -102,17 +116,9 @@ def training(config, device, dtype, compiled: bool) -> dict:
             optimizer.step()
             optimizer.zero_grad()
 
-    models = make_models(config, device)
     steps = {kind: partial(step, m, torch.compile(m, dynamic=False) if compiled else m,
                            make_optimizers(m, config)) for kind, m in models.items()}
-    speeds = in_turn(steps, x.numel(), config, device)
-    name = (f"{'compiled' if compiled else 'eager'}, {config.n_layer} layers, width "
-            f"{config.n_embd}, context {config.block_size}, batch {batch_size}")
-    results = {f"{name} (tokens/s)": speeds}
-    if device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name(device))):
-        mfu = models["kv_shift=none"].flops_per_token() / peak
-        results[f"{name} (MFU)"] = {kind: [mfu * v for v in speeds[kind]] for kind in speeds}
-    return results
+    return in_turn(steps, x.numel(), config, device)
 
 
 def decoding(config, device, dtype) -> dict:

@@ -1,10 +1,13 @@
-"""Compares vanilla attention, KV shift and its variants over several seeds.
+"""Compares vanilla attention, KV shift and its relatives on several corpora, with several seeds.
 
-    python experiments/compare.py                       # all arms: hours of CPU time
+    python experiments/compare.py                     # all of PLAN: many hours on two CPU cores
     python experiments/compare.py --experiment=shakespeare --arms="vanilla, KV shift" --seeds="1 2"
+    python experiments/compare.py --train=False       # tables and figures of the finished runs
 
-Each run is a call of train.py. A finished run adds one line to the results and is not trained
-again: rerun the same command to resume. Table and figure are made from the results alone.
+Each run is a call of train.py. A finished run adds one line to results/<experiment>.jsonl and is
+not trained again: rerun the same command to resume. The learning rate of a kind of model is the
+best one of its runs in `rates`, which have half the steps, another seed and other validation
+tokens. Kinds that are not in `rates` get that of KV shift.
 """
 
 import json
@@ -16,82 +19,170 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config import UserError, parse, run
+from experiments.bench import BenchConfig, time_steps
+from model import GPT, GPTConfig
 from plot import COLORS, mean_and_error, save_figure, table
 from train import prepare_corpus
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).parents[1]
-MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "eval_induction": True, "compile": True}
+RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
+MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 128}  # 0.8M parameters
+PYTHON = MODEL | {  # bytes, with a context that is long enough for induction to pay
+    "dataset": "pystdlib", "block_size": 256, "batch_size": 8, "max_steps": 1500,
+    "warmup_steps": 50, "eval_every": 150, "eval_tokens": 131_072, "log_every": 25}
+HALF = {"max_steps": 750, "eval_every": 750, "eval_start": 131_072}
 EXPERIMENTS = {  # options of train.py
-    "python": MODEL | {  # bytes, with a context that is long enough for induction to pay
-        "dataset": "pystdlib", "block_size": 256, "batch_size": 8, "max_steps": 1500,
-        "learning_rate": 3e-3, "min_lr": 3e-4, "warmup_steps": 50, "eval_every": 150,
-        "eval_tokens": 131_072, "log_every": 25},
-    "shakespeare": MODEL | {  # characters
-        "dataset": "shakespeare_char", "block_size": 64, "batch_size": 12, "eval_tokens": 0}}
-ARMS = {  # the first one is the reference
-    "vanilla": {"kv_shift": "none"}, "KV shift": {"kv_shift": "kv"},
-    "keys only": {"kv_shift": "k"}, "values only": {"kv_shift": "v"},
+    "rates": PYTHON | HALF,
+    "python": PYTHON,
+    "english": PYTHON | {"dataset": "english"},  # 40 MB: RESULTS.md says of what
+    "english_small": PYTHON | {"dataset": "english_small"},  # the first 1.3 MB of it
+    "shakespeare": MODEL | {"dataset": "shakespeare_char", "block_size": 64, "batch_size": 12,
+                            "eval_tokens": 0, "learning_rate": 1e-3},  # nanoGPT's CPU setting
+    "retrofit": PYTHON | {"init_from": "python-vanilla-{seed}/ckpt.pt"},  # 1500 steps more
+    "no_rotary": PYTHON | {"rope_base": 0},
+    "muon_rates": PYTHON | HALF | {"optimizer": "muon"},
+    "muon": PYTHON | {"optimizer": "muon"}}
+OUTSIDE = {"kv_shift": "none", "shift_init": "identity"}  # of keys and values
+ARMS = {  # kinds of model; the first one is the reference
+    "vanilla": {"kv_shift": "none"},
+    "KV shift": {"kv_shift": "kv"},
+    "keys only": {"kv_shift": "k"},
+    "values only": {"kv_shift": "v"},
     "queries too": {"kv_shift": "qkv"},
-    "window 3": {"shift_window": 3}, "window 4": {"shift_window": 4},
-    "gate": {"shift_weights": "gate"}, "clamp": {"shift_weights": "clamp"},
-    "per channel": {"shift_per": "channel"}, "identity": {"shift_init": "identity"}}
+    "per channel": {"shift_per": "channel"},
+    "Canon-A": OUTSIDE | {"shift_at": "block", "shift_per": "channel", "shift_window": 4},
+    "smear": OUTSIDE | {"shift_at": "embedding"},
+    "window 3": {"shift_window": 3},
+    "window 4": {"shift_window": 4},
+    "gate": {"shift_weights": "gate"},
+    "clamp": {"shift_weights": "clamp"},
+    "input": {"shift_weights": "input"},
+    "identity": {"shift_init": "identity"},
+    "fixed random": {"shift_learned": False},
+    "fixed induction": {"shift_init": "induction", "shift_learned": False}}
+MAIN = "vanilla, KV shift, keys only, per channel, Canon-A"
+PLAN = [  # experiment, arms, seeds: in the order of work
+    ("rates", MAIN, "101"),
+    ("python", MAIN, "1 2 3 4 5"),
+    ("english", "vanilla, KV shift, keys only, Canon-A", "1 2 3"),
+    ("english_small", "vanilla, KV shift", "1 2 3"),
+    ("shakespeare", "vanilla, KV shift, keys only, values only", "1 2 3"),
+    ("retrofit", "vanilla, identity", "1 2 3"),
+    ("python", "identity, input, smear, fixed random, fixed induction, values only, gate, clamp, "
+               "window 3, queries too", "1 2 3"),
+    ("no_rotary", "vanilla, KV shift", "1 2 3"),
+    ("muon_rates", "vanilla, KV shift", "101"),
+    ("muon", "vanilla, KV shift", "1 2 3")]
 
 
 @dataclass
 class CompareConfig:
-    experiment: Literal["python", "shakespeare"] = "python"  # corpus and size of the model
-    arms: str = ", ".join(ARMS)  # kinds of model to train
+    experiment: str = ""  # one of EXPERIMENTS, default: all of PLAN
+    arms: str = MAIN  # kinds of model of that experiment
     seeds: str = "1 2 3"  # seeds of each kind
+    train: bool = True  # False: tables and figures from the results alone
+    times: bool = False  # only measure the step times of all kinds, on an idle machine
     workers: int = 2  # runs at the same time, one CPU core each
-    out_dir: str = "out/compare"  # folder of the runs and of the figure
+    out_dir: str = "out/compare"  # folder of the runs and of the figures
     results: str = str(ROOT / "experiments" / "results")  # folder of <experiment>.jsonl
-    plot_only: bool = False  # train nothing: table and figure from the results
 
 
 def main():
     config = parse(CompareConfig)
-    path = Path(config.results) / f"{config.experiment}.jsonl"
-    figure = Path(config.out_dir) / f"{config.experiment}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    if not config.plot_only:
-        train_missing(config, path)
-    if not (arms := read_results(path)):
-        raise UserError(f"no results in {path}")
-    draw(arms, figure)
-    print(f"{make_table(arms)}\n\nfigure: {figure}")
+    plan = [(config.experiment, config.arms, config.seeds)] if config.experiment else PLAN
+    plan = [(experiment, arms.split(", "), [int(seed) for seed in seeds.split()])
+            for experiment, arms, seeds in plan]
+    for experiment, arms, _ in plan:
+        if experiment not in EXPERIMENTS or not set(arms) <= set(ARMS):
+            raise UserError(f"experiment must be one of {', '.join(EXPERIMENTS)}, and arms some of "
+                            f"{', '.join(ARMS)}")
+    results = Results(Path(config.results))
+    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    if config.times:
+        return measure_times(results)
+    if config.train:
+        for i, (experiment, arms, seeds) in enumerate(plan, start=1):
+            print(f"part {i} of {len(plan)}: {experiment}", flush=True)
+            train_missing(config, results, experiment, arms, seeds)
+    for experiment in dict.fromkeys(part[0] for part in plan):
+        print(f"\n{experiment}\n{make_table(results, experiment)}")
+        if "rates" not in experiment and results.arms(experiment):
+            draw(results, experiment, Path(config.out_dir) / f"{experiment}.png")
+    print(f"\nfigures: {config.out_dir}/*.png")
 
 
-def train_missing(config: CompareConfig, path: Path):
-    arms, done = config.arms.split(", "), read_results(path)
-    if not set(arms) <= set(ARMS):
-        raise UserError(f"arms={config.arms} must be some of: {', '.join(ARMS)}")
-    missing = [(arm, seed) for seed in map(int, config.seeds.split()) for arm in arms
-               if seed not in done.get(arm, {})]
-    prepare_corpus(EXPERIMENTS[config.experiment]["dataset"])  # before several runs want to
+class Results:
+    """The lines of results/<experiment>.jsonl, one for each finished run."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, experiment: str, record: dict):
+        with open(self.folder / f"{experiment}.jsonl", "a") as f:
+            f.write(json.dumps(record) + "\n")
+
+    def read(self, experiment: str) -> list[dict]:
+        path = self.folder / f"{experiment}.jsonl"
+        return [*map(json.loads, path.read_text().splitlines())] if path.exists() else []
+
+    def learning_rate(self, experiment: str, arm: str) -> float:
+        if rate := EXPERIMENTS[experiment].get("learning_rate"):
+            return rate
+        runs = self.read("muon_rates" if experiment == "muon" else "rates")
+        runs = [r for r in runs if r["arm"] == arm] or [r for r in runs if r["arm"] == "KV shift"]
+        if not runs:
+            raise UserError("no learning rate yet: run --experiment=rates (or muon_rates) first")
+        return min(runs, key=lambda r: r["val_loss"])["learning_rate"]
+
+    def arms(self, experiment: str) -> dict[str, dict[int, dict]]:
+        """arm -> seed -> record, at the learning rate of the arm, in the order of ARMS."""
+        found = {}
+        for arm in ARMS:
+            for r in self.read(experiment):
+                if r["arm"] == arm and r["learning_rate"] == self.learning_rate(experiment, arm):
+                    found.setdefault(arm, {})[r["seed"]] = r
+        return found
+
+
+def train_missing(config: CompareConfig, results: Results, experiment, arms, seeds):
+    rates = RATES if "rates" in experiment else [None]
+    done = {(r["arm"], r["seed"], r["learning_rate"]) for r in results.read(experiment)}
+    missing = [(arm, seed, rate or results.learning_rate(experiment, arm))
+               for seed in seeds for rate in rates for arm in arms]
+    missing = [one for one in missing if one not in done]
+    if not missing:
+        return
+    prepare_corpus(EXPERIMENTS[experiment]["dataset"])  # before several runs want to
     started = time.monotonic()
     with ThreadPoolExecutor(config.workers) as pool:
-        futures = [pool.submit(train_one, config, *arm_and_seed) for arm_and_seed in missing]
+        futures = [pool.submit(train_one, config, experiment, *one) for one in missing]
         for i, future in enumerate(as_completed(futures), start=1):
             record = future.result()
-            with open(path, "a") as f:
-                f.write(json.dumps(record) + "\n")
+            results.add(experiment, record)
             left = timedelta(seconds=round((time.monotonic() - started) / i * (len(missing) - i)))
-            print(f"[{i}/{len(missing)}] {record['arm']}, seed {record['seed']}: val loss "
-                  f"{record['val_loss']:.4f} | about {left} left", flush=True)
+            print(f"[{i}/{len(missing)}] {record['arm']}, seed {record['seed']}, learning rate "
+                  f"{record['learning_rate']:g}: val loss {record['val_loss']:.4f} | about {left} "
+                  "left in this part", flush=True)
 
 
-def train_one(config: CompareConfig, arm: str, seed: int) -> dict:
-    """Trains one model with train.py; returns what its log says."""
-    out_dir = Path(config.out_dir) / f"{config.experiment}-{arm}-{seed}".replace(" ", "-")
-    options = EXPERIMENTS[config.experiment] | ARMS[arm] | {"seed": seed, "out_dir": out_dir}
+def train_one(config: CompareConfig, experiment: str, arm: str, seed: int, rate: float) -> dict:
+    """Trains one model with train.py, returns what its log says."""
+    name = f"{experiment}-{arm}-{seed}" + f"-{rate:g}" * ("rates" in experiment)
+    out_dir = Path(config.out_dir) / name.replace(" ", "-")
+    options = EXPERIMENTS[experiment] | ARMS[arm] | {
+        "seed": seed, "learning_rate": rate, "min_lr": rate / 10, "eval_induction": True,
+        "compile": True, "out_dir": out_dir}
+    if "init_from" in options:  # another seed: other batches than those of the first run
+        path = Path(config.out_dir) / options["init_from"].format(seed=seed)
+        options |= {"init_from": path, "seed": seed + 100}
     command = [sys.executable, ROOT / "train.py", *(f"--{k}={v}" for k, v in options.items())]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -101,17 +192,50 @@ def train_one(config: CompareConfig, arm: str, seed: int) -> dict:
     header = [line for line in lines if "config" in line][-1]
     curve = [[line["step"], line["val_loss"], line["val_random"] - line["val_induction"]]
              for line in lines if "val_loss" in line]
-    return {"experiment": config.experiment, "arm": arm, "seed": seed, "val_loss": curve[-1][1],
-            "saved": curve[-1][2], "seconds": lines[-1]["seconds"], "curve": curve,
-            "parameters": header["parameters"], "learning_rate": header["config"]["learning_rate"],
+    return {"experiment": experiment, "arm": arm, "seed": seed, "learning_rate": rate,
+            "val_loss": curve[-1][1], "saved": curve[-1][2], "seconds": lines[-1]["seconds"],
+            "curve": curve, "parameters": header["parameters"], "corpus": header["corpus"],
             "versions": header["versions"]}
 
 
-def read_results(path: Path) -> dict[str, dict[int, dict]]:
-    """arm -> seed -> record, in the order of ARMS."""
-    records = list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
-    arms = {arm: {r["seed"]: r for r in records if r["arm"] == arm} for arm in ARMS}
-    return {arm: seeds for arm, seeds in arms.items() if seeds}
+def measure_times(results: Results):
+    """Adds a line per arm: the time of a compiled step, divided by vanilla's in the same round."""
+    config = BenchConfig(**MODEL, vocab_size=256, block_size=256, batch_size=8)
+    kinds = {arm: GPT(GPTConfig(**MODEL, vocab_size=256, block_size=256, **options))
+             for arm, options in ARMS.items()}
+    speeds = time_steps(kinds, config, torch.device("cpu"), torch.float32, compiled=True)
+    for arm in ARMS:
+        ratio = np.median(np.divide(speeds["vanilla"], speeds[arm]))
+        results.add("step_times", {"arm": arm, "ratio": ratio, "tokens_per_s": speeds[arm]})
+        print(f"{arm}: {ratio:.3f}")
+
+
+def make_table(results: Results, experiment: str) -> str:
+    """A row per arm. The reference of the differences is the first row, seed by seed."""
+    if "rates" in experiment:
+        runs = results.read(experiment)
+        losses = {(r["arm"], r["learning_rate"]): f"{r['val_loss']:.4f}" for r in runs}
+        rates = sorted({r["learning_rate"] for r in runs})
+        rows = [[arm, *(losses.get((arm, rate), "") for rate in rates)]
+                for arm in dict.fromkeys(r["arm"] for r in runs)]
+        return table(["val loss", *(f"{rate:g}" for rate in rates)], rows)
+    arms, times = results.arms(experiment), results.read("step_times")
+    ratios = {line["arm"]: line["ratio"] for line in times}  # the last measurement of each
+    rows = []
+    for arm, seeds in arms.items():
+        runs, first = list(seeds.values()), next(iter(arms.values()))
+        first_parameters = next(iter(first.values()))["parameters"]
+        rows.append([
+            arm, str(len(runs)), f"{runs[0]['learning_rate']:g}",
+            mean_and_error([r["val_loss"] for r in runs]),
+            mean_and_error(differences(arms, arm), sign="+") if seeds is not first else "",
+            " ".join(f"{r['saved']:.2f}" for r in runs),
+            " ".join(str(steps_to_induction(r["curve"])) for r in runs),
+            loss_at_equal_time(runs, ratios.get(arm)), f"{ratios.get(arm, np.nan):.3f}",
+            str(runs[0]["parameters"] - first_parameters), str(cache_bytes(arm))])
+    return table(["", "seeds", "learning rate", "val loss", "difference", "nats saved on a repeat",
+                  "steps to save 0.1", "loss at equal time", "step time", "parameters added",
+                  "cache bytes added per layer"], rows)
 
 
 def differences(arms: dict, arm: str) -> list[float]:
@@ -120,27 +244,46 @@ def differences(arms: dict, arm: str) -> list[float]:
     return [r["val_loss"] - first[s]["val_loss"] for s, r in arms[arm].items() if s in first]
 
 
-def make_table(arms: dict) -> str:
-    rows = [[arm, str(len(seeds)), mean_and_error([r["val_loss"] for r in seeds.values()]),
-             mean_and_error(differences(arms, arm), sign="+"),
-             mean_and_error([r["saved"] for r in seeds.values()])] for arm, seeds in arms.items()]
-    return table(["", "seeds", "val loss", "difference to the first", "saved on a repeat"], rows)
+def steps_to_induction(curve) -> int | str:
+    """The first evaluated step at which a repetition saves 0.1 nats."""
+    return next((step for step, _, saved in curve if saved >= 0.1), f">{curve[-1][0]}")
 
 
-def draw(arms: dict, path: Path):
-    """Left: differences to the first arm. Right: val loss of the kinds of model in COLORS."""
+def loss_at_equal_time(runs: list[dict], ratio: float | None) -> str:
+    """The mean loss when vanilla has finished, read from the curves of a slower model."""
+    if ratio is None:
+        return ""
+    curves = [np.transpose(r["curve"]) for r in runs]
+    return f"{np.mean([np.interp(c[0][-1] / ratio, c[0], c[1]) for c in curves]):.4f}"
+
+
+def cache_bytes(arm: str) -> int:
+    """Bytes of float32 that decoding keeps for the shifts, per layer and sequence."""
+    model = GPT(GPTConfig(**MODEL, vocab_size=256, **ARMS[arm]))
+    return sum(rows.nbytes for rows in model.new_cache(1).past.values()) // MODEL["n_layer"]
+
+
+def draw(results: Results, experiment: str, path: Path):
+    """Left: mean differences to the first arm. Right: val loss of the kinds of model in COLORS."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    arms = results.arms(experiment)
+    figure = Figure(figsize=(11, 1.5 + max(3, 0.3 * len(arms))), layout="constrained")
     dots, curves = figure.subplots(1, 2)
-    for arm in sorted(arms, key=lambda arm: -np.mean(differences(arms, arm))):
-        color, d = COLORS.get(ARMS[arm].get("kv_shift")), differences(arms, arm)
-        dots.plot(d, [arm] * len(d), "o", color=color or "gray")
-        if color:
+    first = next(iter(arms))
+    for arm in sorted(arms, key=lambda arm: -np.mean(differences(arms, arm) or [0])):
+        plain = arm in ("vanilla", "KV shift", "keys only", "values only")
+        color = COLORS[ARMS[arm]["kv_shift"]] if plain else "gray"
+        if d := differences(arms, arm):
+            error = np.std(d, ddof=1) / len(d) ** 0.5 if len(d) > 1 else 0
+            dots.errorbar(np.mean(d), f"{arm} ({len(d)})", xerr=error, fmt="o", color=color)
+        if plain:
             steps, losses, _ = np.transpose([r["curve"][1:] for r in arms[arm].values()])
             curves.plot(steps[:, 0], losses.mean(1), color=color, label=arm)
             curves.fill_between(steps[:, 0], losses.min(1), losses.max(1), color=color, alpha=0.2)
-    dots.set(xlabel=f"val loss minus that of {next(iter(arms))}", title="dot: a seed")
+    dots.axvline(0, color=COLORS["none"], linewidth=0.8)
+    dots.set(xlabel=f"val loss minus that of {first}, in nats",
+             title="mean and standard error (number of seeds)")
     curves.set(xlabel="steps", ylabel="val loss", title="line: mean of the seeds, band: range")
     curves.legend()
     save_figure(figure, path)

@@ -108,7 +108,7 @@ def test_validation_windows_are_adjacent(tmp_path):
     corpus = write_counting(tmp_path, [100], n_val=50)
     assert val_starts(corpus, 7, eval_tokens=0).tolist() == [0, 7, 14, 21, 28, 35, 42]
     assert val_starts(corpus, 7, eval_tokens=20).tolist() == [0, 7]
-    with pytest.raises(UserError, match="50 val tokens, too few for block_size=50"):
+    with pytest.raises(UserError, match="50 val tokens, not more than 50"):
         val_starts(corpus, 50, eval_tokens=0)
 
 

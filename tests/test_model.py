@@ -15,7 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 V, T = 11, 16  # vocab_size and block_size of the models here
-SHIFTS, WEIGHTS, PER = ["kv", "k", "v", "qkv"], ["free", "gate", "clamp"], ["head", "channel"]
+SHIFTS, PER = ["kv", "k", "v", "qkv"], ["head", "channel"]
+WEIGHTS = ["free", "gate", "clamp", "input"]
+PLACES = [*({"kv_shift": kind} for kind in ["none", *SHIFTS]),
+          *({"kv_shift": "none", "shift_at": place} for place in ("block", "embedding"))]
 
 
 def tiny(seed=0, **more) -> GPT:
@@ -25,7 +28,7 @@ def tiny(seed=0, **more) -> GPT:
 
 
 def shift_parameters(model) -> dict:
-    return {name: p for name, p in model.named_parameters() if ".shift." in name}
+    return {name: p for name, p in model.named_parameters() if "shift." in name}
 
 
 def formula(x, w):
@@ -40,14 +43,22 @@ def formula(x, w):
 @pytest.mark.parametrize("window, weights, per", [*itertools.product([2, 3, 5], WEIGHTS, PER)])
 def test_the_shift_is_the_papers_equation(window, weights, per):
     shift = randomize(KVShift(2, 3, window, per, weights), std=1.0)
-    w = shift.weight.detach()
-    if weights == "gate":
-        w = torch.cat([w.exp(), torch.ones_like(w[:1])]) / (w.exp().sum(dim=0) + 1)
+    w, x = shift.weight.detach(), torch.randn(2, 7, 2, 3)
+    assert w.shape == (window - (weights in ("gate", "input")), 2, 3 if per == "channel" else 1)
     if weights == "clamp":
         w = w.clamp(0, 1)
-    x = torch.randn(2, 7, 2, 3)
+    if weights == "input":  # the weights differ from row to row: row by row
+        rows = []
+        for t in range(7):
+            logits = torch.stack([w_i + (x[:, t] * m).sum(-1, keepdim=True) for w_i, m in
+                                  zip(w, shift.map.detach(), strict=True)]).exp()  # (., B, H, 1|D)
+            w_t = torch.cat([logits, torch.ones_like(logits[:1])]) / (logits.sum(dim=0) + 1)
+            rows.append(torch.stack([formula(x[b : b + 1], w_t[:, b])[0, t] for b in range(2)]))
+        torch.testing.assert_close(shift(x), torch.stack(rows, dim=1))
+        return
+    if weights == "gate":
+        w = torch.cat([w.exp(), torch.ones_like(w[:1])]) / (w.exp().sum(dim=0) + 1)
     torch.testing.assert_close(shift(x), formula(x, w))
-    assert shift.weight.shape == (window - (weights == "gate"), 2, 3 if per == "channel" else 1)
 
 
 def test_the_shift_works_without_the_rest_of_model_py():
@@ -67,14 +78,29 @@ def test_model_py_needs_torch_and_no_other_file_of_this_project():
     assert done.stdout == "GPT\n", done.stderr
 
 
-@pytest.mark.parametrize("kv_shift, window, weights", [*itertools.product(
-    SHIFTS, [2, 3], ["free", "clamp"])])
-def test_identity_initialization_is_the_vanilla_model_bit_for_bit(kv_shift, window, weights):
+@pytest.mark.parametrize("place, window, weights", [*itertools.product(
+    PLACES, [2, 3], ["free", "clamp"])])
+def test_identity_initialization_is_the_vanilla_model_bit_for_bit(place, window, weights):
     vanilla = tiny(kv_shift="none")
-    shifted = tiny(kv_shift=kv_shift, shift_window=window, shift_weights=weights,
-                   shift_init="identity")
+    shifted = tiny(**place, shift_window=window, shift_weights=weights, shift_init="identity")
     idx = torch.randint(V, (3, T))
     assert torch.equal(shifted(idx), vanilla(idx))
+
+
+def test_induction_initialization_shifts_the_keys_and_nothing_else():
+    shift = tiny(kv_shift="qkv", shift_init="induction", shift_learned=False).blocks[1].attn.shift
+    weights = {name: shift[name].weight[:, 0, 0].tolist() for name in "qkv"}
+    assert weights == {"q": [1, 0], "k": [0, 1], "v": [1, 0]}
+    assert not any(p.requires_grad for p in shift.parameters())
+
+
+def test_without_rotary_positions_the_order_matters_to_the_shift_only():
+    idx = torch.randint(V, (1, T))
+    swapped = idx[:, [1, 0, *range(2, T)]]
+    for kv_shift in ("none", "kv"):
+        model = randomize(tiny(kv_shift=kv_shift, n_layer=1, rope_base=0))
+        same = torch.allclose(model(idx)[:, -1], model(swapped)[:, -1], atol=1e-5)
+        assert same == (kv_shift == "none")
 
 
 @pytest.mark.parametrize("kv_shift, weights", [*itertools.product(SHIFTS, WEIGHTS)])
@@ -96,10 +122,10 @@ def test_one_seed_gives_vanilla_and_shifted_models_the_same_other_weights(kv_shi
 def test_initial_weights_are_uniform_and_sum_to_one(weights, window):
     torch.manual_seed(0)
     shift = KVShift(8000, 1, window, weights=weights)
-    w = torch.stack(shift.weights(None))[..., 0].detach()  # (window, 8000)
+    w = torch.stack(shift.weights(torch.randn(1, 1, 8000, 1))).detach().view(window, 8000)
     if weights != "clamp" or window == 2:  # the last of three may be negative, and is clamped
         torch.testing.assert_close(w.sum(dim=0), torch.ones(8000))
-    if weights != "gate" or window == 2:  # sigmoid(a) ~ U(0, 1)
+    if weights in ("free", "clamp") or window == 2:  # sigmoid(a) ~ U(0, 1)
         assert (torch.histc(w[0], bins=10, min=0, max=1) / 8000 - 0.1).abs().max() < 0.02
 
 
@@ -112,9 +138,10 @@ def test_a_clamped_weight_outside_the_interval_has_a_gradient():
     torch.testing.assert_close(shift.weight.grad[:, 0, 0], torch.stack([x.sum(), x[:, :-1].sum()]))
 
 
-@pytest.mark.parametrize("kv_shift, weights", [*itertools.product(["kv", "qkv"], ["free", "gate"])])
-def test_gradients_of_the_scalars_agree_with_finite_differences(kv_shift, weights):
-    model = randomize(tiny(kv_shift=kv_shift, shift_weights=weights, shift_window=3).double())
+@pytest.mark.parametrize("place, weights", [*itertools.product(
+    [PLACES[1], *PLACES[-2:]], ["free", "gate", "input"])])
+def test_gradients_of_the_scalars_agree_with_finite_differences(place, weights):
+    model = randomize(tiny(**place, shift_weights=weights, shift_window=3).double())
     idx, targets = torch.randint(V, (2, 2, T))
     names, values = zip(*shift_parameters(model).items(), strict=True)
 
@@ -125,9 +152,9 @@ def test_gradients_of_the_scalars_agree_with_finite_differences(kv_shift, weight
     assert torch.autograd.gradcheck(loss, [p.detach().requires_grad_() for p in values])
 
 
-@pytest.mark.parametrize("kv_shift, weights", [*itertools.product(["none", *SHIFTS], WEIGHTS)])
-def test_no_logit_depends_on_a_later_token(kv_shift, weights):
-    model = randomize(tiny(kv_shift=kv_shift, shift_weights=weights, shift_window=3))
+@pytest.mark.parametrize("place, weights", [*itertools.product(PLACES, WEIGHTS)])
+def test_no_logit_depends_on_a_later_token(place, weights):
+    model = randomize(tiny(**place, shift_weights=weights, shift_window=3))
     idx = torch.randint(V, (1, T))
     for t in (1, 7, 15):
         other = idx.clone()
@@ -149,11 +176,11 @@ class Gated(KVShift):
 @given(st.data())
 def test_a_cache_gives_the_same_logits_in_any_chunking(data):
     draw = data.draw
-    model = tiny(n_kv_head=draw(st.sampled_from([1, 2, 4])),
-                 kv_shift=draw(st.sampled_from(["none", *SHIFTS])),
+    model = tiny(n_kv_head=draw(st.sampled_from([1, 2, 4])), **draw(st.sampled_from(PLACES)),
                  shift_window=draw(st.integers(2, 4)), shift_per=draw(st.sampled_from(PER)),
                  shift_weights=draw(st.sampled_from(WEIGHTS)))
-    if draw(st.booleans()):  # a data-dependent subclass decodes without further code
+    if draw(st.booleans()) and model.config.shift_at == "attention":
+        # a data-dependent subclass decodes without further code
         attn = model.blocks[1].attn
         attn.shift["k"] = Gated(attn.n_kv_head, attn.head_dim)
     randomize(model, seed=draw(st.integers(0, 99)))
@@ -298,6 +325,8 @@ def test_bfloat16_stays_bfloat16():
     ({"n_embd": 18}, "n_embd=18"), ({"n_kv_head": 3}, "n_kv_head=3"), ({"n_layer": 0}, "n_layer=0"),
     ({"shift_window": 1}, "shift_window=1"), ({"dropout": 1.0}, "dropout=1.0"),
     ({"shift_init": "identity", "shift_weights": "gate"}, "gate cannot reach"),
+    ({"shift_init": "induction", "shift_weights": "input"}, "input cannot reach"),
+    ({"shift_at": "block"}, "needs kv_shift=none"),
     ({"rope_base": float("nan")}, "rope_base=nan"), ({"norm_eps": 0.0}, "norm_eps=0.0")])
 def test_options_that_make_no_model_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

@@ -465,7 +465,7 @@ def test_a_mistake_in_sampling_is_one_line(call, whole, options, message):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"dataset": "nothing"}, "no corpus in"), ({"block_size": 700}, "too few for block_size=700"),
+    ({"dataset": "nothing"}, "no corpus in"), ({"block_size": 700}, "not more than 700"),
     ({"batch_size": 4, "micro_batch_size": 3}, "multiple of micro_batch_size=3"),
     ({"vocab_size": 7}, "below the corpus's 256"), ({"device": "cuda:7"}, "device=cuda:7"),
     ({"device": "warp"}, "device=warp is not available"), ({"resume": "yes"}, "resume=yes"),
