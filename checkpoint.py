@@ -89,6 +89,22 @@ def load_checkpoint(path) -> dict:
     return checkpoint | {"path": str(path)}
 
 
+def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype with these names. "auto": the best device, and bfloat16 on CUDA."""
+    if device == "auto":
+        device = ("cuda" if torch.cuda.is_available() else
+                  "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device={device} is not available: {str(error).splitlines()[0]}") from None
+    if dtype == "auto":
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if native else "float32"
+    return device, getattr(torch, dtype)
+
+
 def load_model(checkpoint: dict, device, dtype=torch.float32) -> GPT:
     """The model of a checkpoint, in eval mode."""
     names = {f.name for f in fields(GPTConfig)} & checkpoint["config"].keys()

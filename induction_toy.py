@@ -21,12 +21,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from checkpoint import move_aside
+from checkpoint import choose_device, move_aside
 from config import parse, run
 from data import atomic_write
 from model import GPT, GPTConfig
 from plot import COLORS, save_figure, table
-from train import choose_device
 
 import numpy as np
 import torch

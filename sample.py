@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from checkpoint import load_checkpoint, load_model
+from checkpoint import choose_device, load_checkpoint, load_model
 from config import parse, run
 from data.tokenizing import Tokenizer
-from train import choose_device
 
 import torch
 

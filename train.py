@@ -26,6 +26,7 @@ from typing import Literal
 
 from checkpoint import (
     RunState,
+    choose_device,
     load_checkpoint,
     load_init,
     load_resumable,
@@ -35,15 +36,15 @@ from checkpoint import (
     start_log,
 )
 from config import UserError, parse, run
-from data import FOLDER, Corpus, TrainBatches, lock, val_starts
+from data import FOLDER, Corpus, TrainBatches, lock
 from data.tokenizing import Tokenizer
+from eval import evaluate, evaluation_sets
 from model import GPT, GPTConfig
 from plot import draw_curves
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -158,7 +159,8 @@ def train(config: TrainConfig) -> int:
     if config.vocab_size < corpus.vocab_size:
         raise UserError(f"vocab_size={config.vocab_size} is below the corpus's {corpus.vocab_size}")
     batches = TrainBatches(corpus, config.block_size, config.batch_size, config.seed)
-    eval_sets = evaluation_sets(corpus, config)
+    eval_sets = evaluation_sets(corpus, config.block_size, config.eval_tokens, config.eval_start,
+                                config.eval_induction)
 
     # --- resume, or start a new run
     out_dir = Path(config.out_dir)
@@ -243,7 +245,10 @@ def train(config: TrainConfig) -> int:
                          "tokens": state.step * tokens_per_step, "seconds": round(state.seconds, 3),
                          "tokens_per_s": round(len(losses) * tokens_per_step / seconds)}
             if evaluate_now:
-                line |= evaluate(fast_model, eval_sets, micro_batch_size, device, autocast)
+                with autocast():
+                    line |= evaluate(fast_model, eval_sets, micro_batch_size)
+                if not all(map(math.isfinite, line.values())):
+                    raise diverged(f"val_loss is {line['val_loss']}")
             improved = evaluate_now and new and line["val_loss"] < state.best
             if improved or save_now:
                 check_weights(model, state.step)
@@ -299,22 +304,6 @@ def train(config: TrainConfig) -> int:
         except Exception as error:  # the run is complete all the same
             print(f"{type(error).__name__}: {error}")
     return 0
-
-
-def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype with these names. "auto": the best device, and bfloat16 on CUDA."""
-    if device == "auto":
-        device = ("cuda" if torch.cuda.is_available() else
-                  "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device={device} is not available: {str(error).splitlines()[0]}") from None
-    if dtype == "auto":
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if native else "float32"
-    return device, getattr(torch, dtype)
 
 
 def from_rank_0(value):
@@ -420,51 +409,6 @@ def check_weights(model: GPT, step: int):
 def diverged(what: str) -> UserError:
     return UserError(f"{what}; the checkpoints were not changed. Start over (--resume=no) with a "
                      "lower --learning_rate")
-
-
-def evaluation_sets(corpus: Corpus, config: TrainConfig) -> dict:
-    """name -> inputs and targets (n, block_size), -1 where there is no target.
-
-    val_loss: adjacent windows of the val split. With eval_induction also random
-    tokens, block_size / 2 of them and then the same again: val_random has the first ones as
-    targets, val_induction the repetition, which an induction head predicts.
-    """
-    T = config.block_size
-    windows = corpus.windows("val", val_starts(corpus, T, config.eval_tokens, config.eval_start), T)
-    sets = {"val_loss": (windows[:, :-1], windows[:, 1:])}
-    if config.eval_induction:  # ids that occur in the windows, without a separator
-        once = np.random.RandomState(0).choice(np.unique(windows), (64, T // 2))
-        tokens = np.full((64, T + 1), -1)
-        tokens[:, : 2 * (T // 2)] = np.concatenate([once, once], axis=1)
-        position = np.arange(1, T + 1)
-        for name, mask in (("val_random", position < T // 2), ("val_induction", position > T // 2)):
-            sets[name] = tokens[:, :-1].clip(min=0), np.where(mask, tokens[:, 1:], -1)
-    return {name: tuple(map(torch.from_numpy, pair)) for name, pair in sets.items()}
-
-
-@torch.no_grad()
-def evaluate(model, eval_sets: dict, batch_size: int, device, autocast) -> dict[str, float]:
-    """Mean loss in nats on each evaluation set; all processes share the work."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    model.eval()
-    losses = {}
-    for name, (inputs, targets) in eval_sets.items():
-        total = torch.zeros((), device=device)
-        n_targets = (targets != -1).sum().item()
-        # pad to equal batches: one compiled shape, and equally many in each process
-        padding = (0, 0, 0, -len(inputs) % (batch_size * world_size))
-        inputs, targets = F.pad(inputs, padding), F.pad(targets, padding, value=-1)
-        batches = list(zip(inputs.split(batch_size), targets.split(batch_size), strict=True))
-        for x, y in batches[rank::world_size]:
-            with autocast():
-                total += model(x.to(device), y.to(device), reduction="sum")
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        losses[name] = total.item() / n_targets
-        if not math.isfinite(losses[name]):
-            raise diverged(f"{name} is {losses[name]}")
-    model.train()
-    return losses
 
 
 def catch_signals() -> list[int]:

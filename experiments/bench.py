@@ -20,12 +20,13 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from checkpoint import choose_device
 from config import parse, run
 from data import atomic_write
 from experiments.estimate import peak_flops
 from model import GPT
 from plot import table
-from train import TrainConfig, choose_device, make_optimizers
+from train import TrainConfig, make_optimizers
 
 import torch
 

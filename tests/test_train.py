@@ -15,11 +15,12 @@ import checkpoint as checkpoint_module
 import data as data_module
 import sample
 import train
-from checkpoint import load_checkpoint, load_model
+from checkpoint import choose_device, load_checkpoint, load_model
 from config import UserError, run
 from data import Corpus
+from eval import evaluate, evaluation_sets
 from model import GPT, KVShift
-from train import TrainConfig, evaluate, evaluation_sets, learning_rate, make_optimizers
+from train import TrainConfig, learning_rate, make_optimizers
 
 import pytest
 import torch
@@ -401,19 +402,16 @@ def test_weight_decay_and_muon_leave_embeddings_norms_and_shifts_alone(optimizer
 
 
 def test_evaluation_sees_the_same_tokens_at_any_batch_size(corpus):
-    config = TrainConfig(**TINY | {"vocab_size": 256, "eval_tokens": 0, "eval_induction": True})
-    model = randomize(GPT(config))
-    sets = evaluation_sets(Corpus(corpus), config)
+    model = randomize(GPT(TrainConfig(**TINY | {"vocab_size": 256})))
+    sets = evaluation_sets(Corpus(corpus), 16, tokens=0, start=0, induction=True)
     assert len(sets["val_loss"][0]) == 37  # (600 - 1) // 16
-    results = [evaluate(model, sets, n, "cpu", lambda: torch.autocast("cpu", enabled=False))
-               for n in (1, 5, 64)]
+    results = [evaluate(model, sets, n) for n in (1, 5, 64)]
     for result in results[1:]:
         assert result == pytest.approx(results[0], rel=1e-5)
 
 
 def test_induction_is_the_loss_on_the_repetition_of_random_tokens(corpus):
-    config = TrainConfig(**TINY | {"eval_induction": True, "vocab_size": 256})
-    sets = evaluation_sets(Corpus(corpus), config)
+    sets = evaluation_sets(Corpus(corpus), 16, tokens=0, start=0, induction=True)
     inputs, first = sets["val_random"]
     _, second = sets["val_induction"]
     assert torch.equal(inputs[:, :8], inputs[:, 8:]) and inputs.shape == (64, 16)
@@ -509,4 +507,4 @@ def test_commands_work_from_another_folder_and_a_reader_may_leave(corpus, tmp_pa
 
 def test_a_user_error_is_an_error_of_the_user():
     with pytest.raises(UserError, match="not available"):
-        train.choose_device("cuda:99", "auto")
+        choose_device("cuda:99", "auto")
