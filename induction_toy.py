@@ -8,10 +8,8 @@ depth (Figure 1a): induction with models of 1, 2 and 4 layers. width (Figure 1b)
 narrow models. ngram (Figure 3): memorizing a table of 3-grams.
 
 Each experiment prints a table and writes out/toy/<experiment>.png and .jsonl (every evaluation).
-Rerun the same command to resume: finished models are not trained again.
 """
 
-import contextlib
 import json
 import threading
 import time
@@ -21,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from checkpoint import choose_device, move_aside
+from checkpoint import choose_device
 from config import parse, run
 from data import atomic_write
 from model import GPT, GPTConfig
@@ -118,8 +116,7 @@ def induction_batch(config: ToyConfig, seed: int, step: int, size: int):
     rng = np.random.default_rng([seed, step])
     n = rng.integers(config.min_prefix, config.max_prefix + 1, (size, 1))
     jump = rng.integers(0, n - 1)  # 0, ..., n - 2
-    prefix = np.stack([rng.choice(config.vocab_size, config.max_prefix, replace=False)
-                       for _ in range(size)])
+    prefix = rng.permuted(np.tile(np.arange(config.vocab_size), (size, 1)), axis=1)
     t = np.arange(config.length + 1)[None]
     source = np.where(t < n, t, jump + (t - n) % (n - jump))  # (B, T + 1), position in the prefix
     tokens = torch.from_numpy(np.take_along_axis(prefix, source, axis=1))
@@ -202,52 +199,55 @@ def accuracies(correct, idx, mask) -> dict:
 
 def train_all(config, experiment: str, models: dict[str, GPTConfig], make_batch: Callable,
               score: Callable = accuracies) -> dict[str, list[list[dict]]]:
-    """Trains each model with each seed, unless <experiment>.jsonl has it already.
+    """Trains each model with each seed and writes the evaluations to <experiment>.jsonl.
 
     Each thread trains one model on one CPU core: small models hardly gain from a second core.
     Returns {model name: [evaluations with seed 1, with seed 2, ...]}.
     """
-    path = Path(config.out_dir, f"{experiment}.jsonl")
-    done = load(path, config)
-    todo = [(name, seed) for name in models for seed in range(1, config.seeds + 1)
-            if (name, seed) not in done]
-    todo.sort(key=lambda key: -models[key[0]].n_layer)  # the slowest ones first
     on_cpu = choose_device(config.device, "auto")[0].type == "cpu"
     workers = config.workers or (torch.get_num_threads() if on_cpu else 1)
-    print(f"\n{experiment}: {len(todo)} models to train, {len(done)} finished before", flush=True)
-    lock, stop = threading.Lock(), threading.Event()
+    runs = [(name, seed) for name in models for seed in range(1, config.seeds + 1)]
+    runs.sort(key=lambda run: -models[run[0]].n_layer)  # the slowest ones first
+    print(f"\n{experiment}: {len(runs)} models to train", flush=True)
+    lock, stop, done = threading.Lock(), threading.Event(), {}
 
     def train_one(name, seed):
         with lock:  # the threads share torch's random numbers
             torch.manual_seed(seed)
             model = GPT(models[name])
-        evals, printed = [], time.perf_counter()
-        for e in train(config, model, make_batch, seed, score, stop):
+        evals = []
+        for e in train(config, model, make_batch, seed, score):
             evals.append({"model": name, "seed": seed, **e})
-            if time.perf_counter() - printed > 60:
-                print(progress(evals), flush=True)
-                printed = time.perf_counter()
+            if stop.is_set():
+                break
         return evals
 
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            futures = {pool.submit(train_one, *key): key for key in todo}
+            futures = {pool.submit(train_one, *run): run for run in runs}
             for i, future in enumerate(as_completed(futures), start=1):
-                done[futures[future]] = future.result()
-                save(path, config, done)
-                print(f"[{i}/{len(todo)}] {progress(future.result())}", flush=True)
-        finally:  # after Ctrl-C or an error, the threads end at their next step
+                done[futures[future]] = evals = future.result()
+                e = evals[-1]
+                print(f"[{i}/{len(runs)}] {e['model']}, seed {e['seed']}: accuracy "
+                      f"{e['accuracy']:.1%} at step {e['step']}, {e['seconds']:.1f} s", flush=True)
+        finally:  # after Ctrl-C or an error, the threads end at their next evaluation
             stop.set()
             pool.shutdown(cancel_futures=True)
+    header = {"config": asdict(config),
+              "versions": {"torch": torch.__version__, "numpy": np.__version__}}
+    path = Path(config.out_dir, f"{experiment}.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as f:
+        for line in (header, *(e for run in sorted(runs) for e in done[run])):
+            f.write(json.dumps(line).encode() + b"\n")
     return {name: [done[name, seed] for seed in range(1, config.seeds + 1)] for name in models}
 
 
-def train(config, model: GPT, make_batch: Callable, seed: int, score: Callable = accuracies,
-          stop: threading.Event | None = None):
+def train(config, model: GPT, make_batch: Callable, seed: int, score: Callable = accuracies):
     """Trains the model in place and yields its evaluations, until its accuracy stays at 100%.
 
     make_batch(seed, step, size) -> idx, targets, mask. score(correct, idx, mask) -> a dict with
-    "accuracy". Setting `stop` ends the training.
+    "accuracy".
     """
     device, dtype = choose_device(config.device, "auto")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -257,8 +257,6 @@ def train(config, model: GPT, make_batch: Callable, seed: int, score: Callable =
     eval_batch = make_batch(EVAL_SEED, 0, config.eval_sequences)
     recent, started = [], time.perf_counter()
     for step in range(config.max_steps + 1):
-        if stop and stop.is_set():
-            return
         if step % config.eval_every == 0 or step == config.max_steps:
             with autocast:
                 scores = evaluate(config, model, eval_batch, score)
@@ -290,37 +288,6 @@ def evaluate(config, model: GPT, batch, score: Callable = accuracies) -> dict:
 
 
 # --- results
-
-
-def progress(evals: list[dict]) -> str:
-    e = evals[-1]
-    return (f"{e['model']}, seed {e['seed']}: accuracy {e['accuracy']:.1%} at step {e['step']}, "
-            f"{e['seconds']:.1f} s")
-
-
-def save(path: Path, config, done: dict[tuple[str, int], list[dict]]):
-    """Writes the evaluations of the finished models, by (name, seed)."""
-    header = {"config": asdict(config),
-              "versions": {"torch": torch.__version__, "numpy": np.__version__}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as f:
-        for line in (header, *(e for evals in done.values() for e in evals)):
-            f.write(json.dumps(line).encode() + b"\n")
-
-
-def load(path: Path, config) -> dict[tuple[str, int], list[dict]]:
-    """What `save` wrote. A file that is damaged or was made with other options is moved aside."""
-    with contextlib.suppress(FileNotFoundError, ValueError, LookupError, TypeError):
-        header, *lines = [json.loads(line) for line in path.read_text().splitlines()]
-        done = {}
-        for e in lines:
-            done.setdefault((e["model"], e["seed"]), []).append(e)
-        free = ("out_dir", "seeds", "workers", "device", "micro_batch_size")
-        if all(header["config"][name] == value for name, value in asdict(config).items()
-               if name not in free):
-            return done
-    move_aside(path.parent, [path.name])
-    return {}
 
 
 def report(config: ToyConfig, results: dict[str, list]):

@@ -166,6 +166,8 @@ def train_missing(config: CompareConfig, results: Results, experiment, arms, see
     with ThreadPoolExecutor(config.workers) as pool:
         futures = [pool.submit(train_one, config, experiment, *one) for one in missing]
         for i, future in enumerate(as_completed(futures), start=1):
+            if future.exception():
+                pool.shutdown(cancel_futures=True)
             record = future.result()
             results.add(experiment, record)
             left = timedelta(seconds=round((time.monotonic() - started) / i * (len(missing) - i)))

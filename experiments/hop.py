@@ -3,8 +3,7 @@
     python experiments/hop.py                            minutes on a CPU
     python experiments/hop.py config/toy_hop_paper.py    the paper's size, for one GPU
 
-Prints a table and writes out/toy/hop.png and hop.jsonl (every evaluation). Rerun the same command
-to resume: finished models are not trained again.
+Prints a table and writes out/toy/hop.png and hop.jsonl (every evaluation).
 """
 
 import sys
