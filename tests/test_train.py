@@ -327,6 +327,36 @@ def test_a_run_can_start_from_the_weights_of_another(call, corpus, tmp_path, who
     torch.testing.assert_close(load_checkpoint(whole / "ckpt.pt")["model"], before, rtol=0, atol=0)
 
 
+def test_the_shift_can_be_added_to_a_trained_vanilla_model(call, corpus, tmp_path):
+    vanilla = arguments(corpus, tmp_path / "a", kv_shift="none")
+    assert call(train.main, *vanilla)[0] == 0
+    checkpoint = load_checkpoint(tmp_path / "a/ckpt.pt")
+    for i, place in enumerate(({"kv_shift": "kv"}, {"kv_shift": "none", "shift_at": "block"})):
+        more = {"init_from": tmp_path / "a/ckpt.pt", "shift_init": "identity"} | place
+        code, out, err = call(train.main, *arguments(corpus, tmp_path / f"b{i}", **more))
+        assert code == 0, err
+        lines = read_log(tmp_path / f"b{i}")[1]
+        assert lines[0]["val_loss"] == read_log(tmp_path / "a")[1][-1]["val_loss"]
+        shift = [p for n, p in load_model(load_checkpoint(tmp_path / f"b{i}/ckpt.pt"),
+                                          "cpu").named_parameters() if "shift." in n]
+        assert shift and all(not torch.equal(p[1], torch.zeros_like(p[1])) for p in shift)
+    code, out, err = call(train.main, *arguments(corpus, tmp_path / "c", kv_shift="kv",
+                                                 init_from=tmp_path / "a/ckpt.pt"))
+    assert code == 2 and "is of another model: kv_shift was 'none', is 'kv'" in err
+    assert checkpoint["model"].keys() < load_checkpoint(tmp_path / "b0/ckpt.pt")["model"].keys()
+
+
+def test_a_fixed_shift_keeps_its_initial_weights_also_over_a_resume(call, corpus, tmp_path):
+    more = {"shift_learned": False, "shift_init": "induction"}
+    assert call(train.main, *arguments(corpus, tmp_path / "a", **more))[0] == 0
+    for n_steps in (3, 6):
+        assert call(train.main, *arguments(corpus, tmp_path / "b", **more | {
+            "max_steps": n_steps, "lr_schedule": "constant"}))[0] == 0
+    shift = load_model(load_checkpoint(tmp_path / "b/ckpt.pt"), "cpu").blocks[1].attn.shift
+    assert shift["k"].weight[:, 0, 0].tolist() == [0, 1]
+    assert shift["v"].weight[:, 0, 0].tolist() == [1, 0]
+
+
 def test_weights_of_another_model_or_tokenizer_are_refused(call, corpus, tmp_path, whole):
     init = {"init_from": whole / "best.pt"}
     code, out, err = call(train.main, *arguments(corpus, tmp_path / "a", n_layer=3, **init))
@@ -382,18 +412,22 @@ def test_the_learning_rate_warms_up_and_decays():
     assert set(rates["constant"][4:]) == {1.0}
 
 
-@pytest.mark.parametrize("optimizer, tied", [("adamw", True), ("adamw", False), ("muon", True)])
-def test_weight_decay_and_muon_leave_embeddings_norms_and_shifts_alone(optimizer, tied):
-    config = TrainConfig(vocab_size=7, n_layer=2, n_head=2, n_embd=8, kv_shift="qkv",
+@pytest.mark.parametrize("optimizer, tied, place", [
+    ("adamw", True, "attention"), ("adamw", False, "embedding"), ("muon", True, "attention"),
+    ("muon", True, "block"), ("muon", True, "embedding")])
+def test_weight_decay_and_muon_leave_embeddings_norms_and_shifts_alone(optimizer, tied, place):
+    config = TrainConfig(vocab_size=7, n_layer=2, n_head=2, n_embd=8, shift_at=place,
+                         kv_shift="qkv" if place == "attention" else "none",
                          shift_per="channel", optimizer=optimizer, tie_embeddings=tied)
     model = GPT(config)
-    model.blocks[0].attn.shift["k"].gate = torch.nn.Linear(4, 1)  # a variant with a matrix
+    for module in [m for m in model.modules() if isinstance(m, KVShift)]:
+        module.gate = torch.nn.Linear(4, 1)  # a variant with a matrix
     names = {p: name for name, p in model.named_parameters()}
     optimizers = make_optimizers(model, config)
     decayed = {names[p] for o in optimizers for group in o.param_groups for p in group["params"]
                if group["weight_decay"]}
     matrices = {f"{name}.weight" for name, module in model.named_modules()
-                if isinstance(module, torch.nn.Linear) and ".shift." not in name}
+                if isinstance(module, torch.nn.Linear) and "shift." not in name}
     assert decayed == matrices and ("head.weight" in decayed) != tied
     assert sum(len(g["params"]) for o in optimizers for g in o.param_groups) == len(names)
     if optimizer == "muon":

@@ -1,0 +1,83 @@
+"""experiments/compare.py: each run once, learning rates from their own runs, tables from the log."""
+
+import json
+
+from experiments import compare
+
+import numpy as np
+import pytest
+
+TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 2, "max_steps": 2,
+        "warmup_steps": 1, "eval_tokens": 64, "eval_every": 1, "device": "cpu"}
+
+
+def record(arm, seed, loss, rate=3e-3, saved=(0.0, 0.2)):
+    curve = [[0, 5.0, 0.0], [10, loss + 0.2, saved[0]], [20, loss, saved[1]]]
+    return {"arm": arm, "seed": seed, "learning_rate": rate, "val_loss": loss, "saved": saved[1],
+            "curve": curve, "parameters": 1000 + 32 * (arm != "vanilla"), "seconds": 1.0}
+
+
+@pytest.fixture
+def results(tmp_path):
+    return compare.Results(tmp_path / "results")
+
+
+def test_finished_runs_are_not_trained_again_and_rates_are_those_of_the_best_run(
+        call, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "RATES", (1e-3, 2e-3))
+    monkeypatch.setattr(compare, "EXPERIMENTS", {
+        "rates": TINY | {"dataset": corpus}, "python": TINY | {"dataset": corpus},
+        "retrofit": TINY | {"dataset": corpus, "init_from": "python-vanilla-{seed}/ckpt.pt"}})
+    monkeypatch.setattr(compare, "train_one", lambda *a, f=compare.train_one: ran.append(a[1:]) or
+                        f(*a))
+    folders = [f"--out_dir={tmp_path}/out", f"--results={tmp_path}/results"]
+    for experiment, arms, expected in (("rates", "vanilla, KV shift", 4),
+                                       ("python", "vanilla, smear", 2),
+                                       ("python", "vanilla, KV shift, smear", 1),
+                                       ("retrofit", "vanilla, identity", 2)):
+        ran = []
+        monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+        code, out, err = call(compare.main, f"--experiment={experiment}", f"--arms={arms}",
+                              "--seeds=1", *folders)
+        assert code == 0, err
+        assert len(ran) == expected
+    rates = map(json.loads, (tmp_path / "results/rates.jsonl").read_text().splitlines())
+    best = min((r for r in rates if r["arm"] == "KV shift"), key=lambda r: r["val_loss"])
+    runs = map(json.loads, (tmp_path / "results/python.jsonl").read_text().splitlines())
+    used = {r["arm"]: r["learning_rate"] for r in runs}
+    assert used["smear"] == used["KV shift"] == best["learning_rate"]  # smear has no rates
+    assert (tmp_path / "out/retrofit.png").exists()
+
+
+def test_the_table_states_paired_differences_and_their_standard_error(results):
+    losses = {"vanilla": [1.30, 1.32, 1.31], "KV shift": [1.20, 1.24, 1.25]}
+    for arm, values in losses.items():
+        results.add("rates", record(arm, 101, 1.0))
+        for seed, loss in enumerate(values):
+            results.add("python", record(arm, seed, loss))
+        results.add("python", record(arm, 9, 9.0, rate=1e-3))  # at a rate that was not chosen
+    results.add("step_times", {"arm": "KV shift", "ratio": 1.25})
+    last = compare.make_table(results, "python").splitlines()[3]
+    row = [cell.strip() for cell in last.split("|")]
+    d = np.subtract(losses["KV shift"], losses["vanilla"])
+    assert row[1:4] == ["KV shift", "3", "0.003"]
+    assert row[5] == f"{d.mean():+.4f} ± {d.std(ddof=1) / 3**0.5:.4f}"
+    assert row[6:8] == ["0.20 0.20 0.20", "20 20 20"]
+    assert row[8] == f"{np.mean(losses['KV shift']) + 0.2 * 4 / 10:.4f}"  # at step 20 / 1.25 = 16
+    assert row[9:12] == ["1.250", "32", "1024"]  # a key and a value of 4 heads in float32
+
+
+def test_cache_bytes_are_the_unmixed_rows(results):
+    row = 128 * 4  # width, float32
+    expected = {"vanilla": 0, "KV shift": 2 * row, "keys only": row, "queries too": 3 * row,
+                "window 4": 6 * row, "Canon-A": 3 * row, "smear": row // 4}
+    assert {arm: compare.cache_bytes(arm) for arm in expected} == expected
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--experiment=latin"], "experiment must be one of rates, python"),
+    (["--experiment=python", "--arms=vanila"], "arms some of vanilla, KV shift"),
+    (["--experiment=python"], "no learning rate yet: run --experiment=rates")])
+def test_mistakes_are_one_line(arguments, message, call, tmp_path):
+    code, _, err = call(compare.main, *arguments, f"--out_dir={tmp_path}", f"--results={tmp_path}")
+    assert code == 2 and message in err and err.count("\n") == 1
