@@ -1,4 +1,4 @@
-"""experiments/compare.py: each run once, learning rates from their own runs, tables from the log."""
+"""experiments/compare.py: each run once, chosen learning rates, tables from the log alone."""
 
 import json
 

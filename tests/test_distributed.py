@@ -75,10 +75,13 @@ def assert_close_to(single, other):
 
 
 @pytest.mark.parametrize("n, more", [
-    (2, {}), (4, {"optimizer": "muon"}), (2, {"fsdp": True}),
+    (2, {}), (4, {"optimizer": "muon", "kv_shift": "none", "shift_at": "block"}),
+    (2, {"fsdp": True, "shift_learned": False}),
+    (2, {"fsdp": True, "kv_shift": "none", "shift_at": "embedding", "shift_weights": "input"}),
     (4, {"fsdp": True, "recompute": True, "tie_embeddings": False}), (2, {"micro_batch_size": 1})])
 def test_several_processes_train_the_same_model_as_one(call, corpus, tmp_path, n, more):
-    same = {k: v for k, v in more.items() if k in ("optimizer", "tie_embeddings")} | NO_DROPOUT
+    technical = ("fsdp", "recompute", "micro_batch_size")
+    same = {k: v for k, v in more.items() if k not in technical} | NO_DROPOUT
     call(train.main, *arguments(corpus, tmp_path / "one", **same))
     argv = arguments(corpus, tmp_path / "many", **NO_DROPOUT | more)
     assert exit_codes(start(n, argv, tmp_path / "log")) == [0] * n, (tmp_path / "log").read_text()
