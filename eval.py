@@ -1,11 +1,94 @@
-"""Evaluates a trained model."""
+"""Evaluates a trained model.
 
-from data import Corpus, val_starts
+    python eval.py out/x                     loss on the val split, and the induction score
+    python eval.py out/x --text=FILE         loss on a text
+    python eval.py out/x --jsonl=FILE        multiple choice, or the last word of each text
+    python eval.py out/x --tasks=lambada_openai,hellaswag,arc_easy,winogrande,piqa
+
+A line of the JSON Lines file is {"context": "...", "choices": ["...", ...], "answer": 0} or
+{"text": "..."}. --tasks runs EleutherAI's harness: pip install lm-eval
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from checkpoint import choose_device, load_checkpoint, load_model
+from config import UserError, parse_with_paths, run
+from data import FOLDER, Corpus, val_starts
+from data.tokenizing import Tokenizer
+from model import GPT
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+
+@dataclass
+class EvalConfig:
+    dataset: str = ""  # corpus whose val split to evaluate on; empty: that of the run
+    tokens: int = 0  # tokens of the val split to evaluate on; 0: all
+    text: str = ""  # evaluate on this UTF-8 file instead
+    jsonl: str = ""  # score the lines of this file instead
+    tasks: str = ""  # run these tasks of lm-eval instead, separated by commas
+    include_path: str = ""  # folder of your own lm-eval tasks (YAML files)
+    shots: int | None = None  # examples in the prompt of each task; None: the task's own number
+    limit: int | None = None  # evaluate only the first examples of each task
+    batch_size: int = 16  # sequences per forward pass
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best available
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto: by device
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.tokens < 0:
+            raise ValueError("batch_size must be at least 1, and tokens at least 0")
+
+
+def main():
+    config, paths = parse_with_paths(EvalConfig, "OUT_DIR")
+    if len(paths) != 1:
+        raise UserError("pass one run folder or checkpoint: python eval.py out/x")
+    path = Path(paths[0])
+    checkpoint = load_checkpoint(path / "best.pt" if path.is_dir() else path)
+    tokenizer = Tokenizer(checkpoint["tokenizer"])
+    model = load_model(checkpoint, *choose_device(config.device, config.dtype))
+    if config.tasks:
+        print(run_harness(model, tokenizer, config))
+    elif config.jsonl:
+        print_scores(model, tokenizer, config)
+    elif config.text:
+        raw = Path(config.text).read_bytes()
+        ids = tokenizer.encode(raw).tolist()
+        if not ids:
+            raise UserError(f"{config.text} is empty")
+        pairs = text_windows([tokenizer.start, *ids], model.config.block_size)
+        nats = -sum(logprob for logprob, _ in score(model, pairs, config.batch_size))
+        print_loss("text", nats, len(ids), len(raw))
+    else:
+        corpus = Corpus(FOLDER / (config.dataset or checkpoint["config"]["dataset"]))
+        if corpus.tokenizer != checkpoint["tokenizer"]:
+            raise UserError(f"{corpus.folder} has another tokenizer than {path}")
+        T = model.config.block_size
+        sets = evaluation_sets(corpus, T, config.tokens, 0, induction=T >= 4)
+        losses = evaluate(model, sets, config.batch_size)
+        ids = sets["val_loss"][1].flatten().tolist()
+        n_bytes = len(tokenizer.decode_bytes(ids))
+        print_loss("val split", losses["val_loss"] * len(ids), len(ids), n_bytes)
+        if T >= 4:
+            saved = losses["val_random"] - losses["val_induction"]
+            print(f"random tokens: loss {losses['val_random']:.4f}, on their repetition "
+                  f"{losses['val_induction']:.4f}: induction saves {saved:.4f} nats")
+
+
+def print_loss(name: str, nats: float, n_tokens: int, n_bytes: int):
+    loss = nats / n_tokens
+    print(f"{name}: {n_tokens:,} tokens, loss {loss:.4f} nats per token, perplexity "
+          f"{math.exp(loss):.4g}, {nats / math.log(2) / n_bytes:.4f} bits per byte")
+
+
+# --- loss on the val split, also during training
 
 
 def evaluation_sets(corpus: Corpus, block_size: int, tokens: int, start: int, induction: bool):
@@ -49,3 +132,138 @@ def evaluate(model, eval_sets: dict, batch_size: int) -> dict[str, float]:
         losses[name] = total.item() / n_targets
     model.train()
     return losses
+
+
+# --- log-probabilities of continuations
+
+
+@torch.inference_mode()
+def score(model: GPT, pairs, batch_size: int) -> list[tuple[float, bool]]:
+    """For each pair (context ids, continuation ids): the log-probability of the continuation in
+    nats, and whether greedy decoding gives it. Contexts are cut at the left to block_size."""
+    T, device = model.config.block_size, model.embed.weight.device
+    rows = [torch.tensor([*context, *continuation][-(T + 1) :]) for context, continuation in pairs]
+    scores = [None] * len(rows)
+    longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    for start in range(0, len(rows), batch_size):  # of similar lengths, padded at the right
+        batch = longest_first[start : start + batch_size]
+        idx = torch.nn.utils.rnn.pad_sequence([rows[i][:-1] for i in batch], batch_first=True)
+        hidden = model.hidden(idx.to(device))
+        for i, x in zip(batch, hidden, strict=True):
+            n = min(len(pairs[i][1]), len(rows[i]) - 1)
+            end = len(rows[i]) - 1
+            logprobs = model.logits(x[end - n : end]).float().log_softmax(dim=-1).cpu()  # (n, V)
+            targets = rows[i][-n:]
+            scores[i] = (logprobs.gather(1, targets[:, None]).sum().item(),
+                         torch.equal(logprobs.argmax(dim=-1), targets))
+    return scores
+
+
+def text_windows(ids: list[int], block_size: int) -> list[tuple[list[int], list[int]]]:
+    """Pairs for `score` that predict each of ids[1:] once. The last window reaches back to the left
+    as far as it fits, as in lm-eval."""
+    pairs = []
+    for start in range(1, len(ids), block_size):
+        end = min(start + block_size, len(ids))
+        pairs.append((ids[max(0, end - block_size - 1) : start], ids[start:end]))
+    return pairs
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str):
+    """Their ids. Spaces at the end of the context belong to the continuation, as in training."""
+    stripped = context.rstrip()
+    continuation = context[len(stripped) :] + continuation
+    whole = tokenizer.encode(stripped + continuation).tolist()
+    n = len(tokenizer.encode(stripped)) if stripped else 0
+    return whole[:n] or [tokenizer.start], whole[n:]
+
+
+def print_scores(model: GPT, tokenizer: Tokenizer, config: EvalConfig):
+    """Scores a JSON Lines file: choices by the sum of their log-probabilities and by its mean per
+    character; of a text, the last word."""
+    lines, pairs = [], []
+    for number, line in enumerate(Path(config.jsonl).read_text().splitlines(), start=1):
+        try:
+            line = json.loads(line)
+            if "text" in line:
+                context, word = line["text"].rstrip().rsplit(maxsplit=1)
+                new = [(context, " " + word)]
+            else:
+                new = [(line["context"], " " + choice) for choice in line["choices"]]
+                line["choices"][line["answer"]]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{config.jsonl}, line {number}: must have text, or context, choices "
+                            f"and answer ({type(error).__name__}: {error})") from None
+        lines.append((line, len(new)))
+        pairs += [encode_pair(tokenizer, *pair) for pair in new]
+    scores = iter(score(model, pairs, config.batch_size))
+    words, by_sum, by_mean = [], [], []
+    for line, n in lines:
+        logprobs, greedy = zip(*(next(scores) for _ in range(n)), strict=True)
+        if "text" in line:
+            words.append((greedy[0], logprobs[0]))
+        else:
+            means = np.divide(logprobs, [max(1, len(choice)) for choice in line["choices"]])
+            by_sum.append(np.argmax(logprobs) == line["answer"])
+            by_mean.append(np.argmax(means) == line["answer"])
+    if words:
+        greedy, logprobs = np.mean(words, axis=0)
+        print(f"last word: accuracy {greedy:.4f}, perplexity {math.exp(-logprobs):.4g} "
+              f"({len(words)} texts)")
+    if by_sum:
+        print(f"choices: accuracy {np.mean(by_sum):.4f} by log-probability, {np.mean(by_mean):.4f} "
+              f"by its mean per character ({len(by_sum)} lines)")
+
+
+def run_harness(model: GPT, tokenizer: Tokenizer, config: EvalConfig) -> str:
+    """Runs tasks of lm-evaluation-harness; returns its table."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.api.model import TemplateLM
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import make_table
+    except ImportError:
+        raise UserError("--tasks needs the harness: pip install lm-eval") from None
+
+    class Harness(TemplateLM):
+        eot_token_id = tokenizer.start  # the context of an empty prompt
+
+        def tok_encode(self, string, **kwargs):
+            return tokenizer.encode(string).tolist()
+
+        def _loglikelihood_tokens(self, requests, **kwargs):
+            return score(model, [pair for _, *pair in requests], config.batch_size)
+
+        def loglikelihood_rolling(self, requests, **kwargs):
+            windows = [text_windows([tokenizer.start, *self.tok_encode(request.args[0])],
+                                    model.config.block_size) for request in requests]
+            scores = iter(score(model, sum(windows, []), config.batch_size))
+            return [sum(next(scores)[0] for _ in pairs) for pairs in windows]
+
+        def generate_until(self, requests, **kwargs):
+            return [self.generate(*request.args) for request in requests]
+
+        def generate(self, context: str, options: dict) -> str:
+            ids = self.tok_encode(context) or [tokenizer.start]
+            until = options.get("until", [])
+            until = [until] if isinstance(until, str) else until
+            new = []
+            for token in model.stream(torch.tensor([ids], device=model.embed.weight.device),
+                                      options.get("max_gen_toks", 256),
+                                      options.get("temperature", 0.0)):
+                new.append(token.item())
+                text = tokenizer.decode(new)
+                if ends := [text.index(stop) for stop in until if stop in text]:
+                    return text[: min(ends)]
+                if new[-1] == tokenizer.end_of_text:
+                    return tokenizer.decode(new[:-1])
+            return tokenizer.decode(new)
+
+    manager = TaskManager(include_path=config.include_path or None)
+    results = simple_evaluate(Harness(), tasks=config.tasks.split(","), num_fewshot=config.shots,
+                              limit=config.limit, task_manager=manager, bootstrap_iters=1000)
+    return make_table(results)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -48,6 +48,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 
@@ -369,10 +370,26 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
     optimizers = [torch.optim.AdamW([group for group in groups if group["params"]], fused=True,
                                     lr=config.learning_rate, betas=(config.beta1, config.beta2))]
     if muon:
-        optimizers.append(torch.optim.Muon(muon, lr=config.learning_rate,
-                                           weight_decay=config.weight_decay,
-                                           adjust_lr_fn="match_rms_adamw"))
+        cls = CPUMuon if muon[0].device.type == "cpu" else torch.optim.Muon
+        optimizers.append(cls(muon, lr=config.learning_rate, weight_decay=config.weight_decay,
+                              adjust_lr_fn="match_rms_adamw"))
     return optimizers
+
+
+class KeepFloat32(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.bfloat16:
+            return args[0].clone()
+        return function(*args, **(kwargs or {}))
+
+
+class CPUMuon(torch.optim.Muon):
+    """Muon in float32. torch's Muon multiplies matrices in bfloat16, which takes 18 times as long
+    on a CPU without instructions for it."""
+
+    def step(self, closure=None):
+        with KeepFloat32():
+            return super().step(closure)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -435,6 +435,21 @@ def test_weight_decay_and_muon_leave_embeddings_norms_and_shifts_alone(optimizer
         assert sum(name.endswith((".q.weight", ".k.weight", ".v.weight")) for name in matrices) == 6
 
 
+def test_muon_orthogonalizes_in_float32_on_a_cpu():
+    config = TrainConfig(vocab_size=7, n_layer=1, n_head=2, n_embd=8, optimizer="muon",
+                         learning_rate=0.5, weight_decay=0.0)
+    model = randomize(GPT(config))
+    model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
+    p = model.blocks[0].mlp.up.weight  # (32, 8)
+    before, x = p.detach().clone(), p.grad / p.grad.norm()
+    for _ in range(5):  # Newton-Schulz with the coefficients of the reference implementation
+        gram = x.T @ x
+        x = 3.4445 * x + x @ (-4.7750 * gram + 2.0315 * gram @ gram)
+    make_optimizers(model, config)[1].step()
+    update = (before - p.detach()) / (0.5 * 0.2 * 32**0.5)  # scaled to the RMS of AdamW's
+    torch.testing.assert_close(update, x, rtol=1e-4, atol=1e-4)
+
+
 def test_evaluation_sees_the_same_tokens_at_any_batch_size(corpus):
     model = randomize(GPT(TrainConfig(**TINY | {"vocab_size": 256})))
     sets = evaluation_sets(Corpus(corpus), 16, tokens=0, start=0, induction=True)
