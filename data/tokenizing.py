@@ -7,6 +7,7 @@ processes. A finished shard is never written again, so rerunning the same comman
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -27,12 +28,13 @@ class Tokenizer:
         {"kind": "bytes"}                 UTF-8 bytes; a zero byte ends a document
         {"kind": "char", "chars": "..."}  the characters of a corpus; if among them, "\\0" ends one
         {"kind": "gpt2"}                  GPT-2's BPE, 50,257 ids; <|endoftext|> ends a document
+        {"kind": "hf", "json": "...", "end_of_text": 0}    the content of a tokenizer.json
 
     end_of_text: the id that ends a document, or None. start: the id that generation starts with.
     """
 
     def __init__(self, spec: dict):
-        self.spec, self.kind = spec, spec.get("kind")
+        self.spec, self.kind = spec, spec and spec.get("kind")
         if self.kind == "bytes":
             self.vocab_size, self.end_of_text = 256, 0
         elif self.kind == "char":
@@ -48,9 +50,20 @@ class Tokenizer:
                 raise UserError(f"tiktoken cannot download GPT-2's BPE ({type(error).__name__}): "
                                 "set TIKTOKEN_CACHE_DIR to a folder that has it") from None
             self.vocab_size, self.end_of_text = self.bpe.n_vocab, self.bpe.eot_token
+        elif self.kind == "hf":
+            try:
+                import tokenizers
+            except ImportError:
+                raise UserError("this tokenizer needs: pip install tokenizers") from None
+
+            self.hf = tokenizers.Tokenizer.from_str(spec["json"])
+            self.token_bytes = hf_token_bytes(self.hf, '"ByteLevel"' in spec["json"])
+            self.vocab_size, self.end_of_text = len(self.token_bytes), spec["end_of_text"]
         else:
-            raise UserError(f"unknown tokenizer {spec}")
-        self.start = self.ids.get("\n", 0) if self.end_of_text is None else self.end_of_text
+            raise UserError(f"unknown tokenizer {spec}" if spec else "the model has no tokenizer")
+        self.start = self.end_of_text
+        if self.start is None:
+            self.start = self.ids.get("\n", 0) if self.kind == "char" else 0
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """The ids (T,) of a text or of its UTF-8 bytes."""
@@ -60,6 +73,8 @@ class Tokenizer:
         text = raw.decode("utf-8", "replace")
         if self.kind == "gpt2":
             return self.bpe.encode_to_numpy(text, disallowed_special=())
+        if self.kind == "hf":
+            return np.array(self.hf.encode(text, add_special_tokens=False).ids, np.uint32)
         try:
             return np.fromiter(map(self.ids.__getitem__, text), np.uint32, len(text))
         except KeyError as error:
@@ -73,10 +88,32 @@ class Tokenizer:
             return bytes(ids)
         if self.kind == "gpt2":
             return self.bpe.decode_bytes(ids)
+        if self.kind == "hf":
+            return b"".join(self.token_bytes[i] for i in ids)
         return "".join(self.chars[i] for i in ids).encode()
 
     def decode(self, ids) -> str:
         return self.decode_bytes(ids).decode("utf-8", "replace")
+
+
+def hf_token_bytes(hf, byte_level: bool) -> list[bytes]:
+    """The UTF-8 bytes of each token. Byte-level BPE spells every byte as a visible character;
+    others write a space as ▁ and some bytes as <0x0A>."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in visible]
+    table = {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
+    vocab, special = hf.get_vocab(), hf.get_added_tokens_decoder()
+    token_bytes = [b""] * (max(vocab.values()) + 1)
+    for token, i in vocab.items():
+        if i in special:
+            token_bytes[i] = token.encode()
+        elif byte_level:
+            token_bytes[i] = bytes(table[char] for char in token)
+        elif match := re.fullmatch("<0x(..)>", token):
+            token_bytes[i] = bytes.fromhex(match[1])
+        else:
+            token_bytes[i] = token.replace("▁", " ").encode()
+    return token_bytes
 
 
 def split_documents(f, name, position: int = 0, check_utf8: bool = True):

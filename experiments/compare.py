@@ -71,9 +71,10 @@ MAIN = "vanilla, KV shift, keys only, per channel, Canon-A"
 PLAN = [  # experiment, arms, seeds: in the order of work
     ("rates", MAIN, "101"),
     ("python", MAIN, "1 2 3"),
-    ("english", "vanilla, KV shift, keys only, Canon-A", "1 2 3"),
+    ("english", "vanilla, KV shift", "1 2 3"),
     ("english_small", "vanilla, KV shift", "1 2 3"),
     ("shakespeare", "vanilla, KV shift, keys only, values only", "1 2 3"),
+    ("english", "keys only, Canon-A", "1 2 3"),
     ("retrofit", "vanilla, identity", "1 2 3"),
     ("python", MAIN, "4 5"),
     ("python", "identity, input, smear, fixed random, fixed induction, values only, gate, clamp, "

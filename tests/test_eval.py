@@ -130,7 +130,7 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, bigram_run, t
 def test_a_harness_task_gives_the_scores_of_direct_computations(bigram_run, tmp_path, call):
     pytest.importorskip("lm_eval")
     docs = [{"q": "a", "choices": ["bc", "cb"], "gold": 0, "text": "a bcd. a"},
-            {"q": "a b", "choices": ["h", "cd"], "gold": 0, "text": "bcd bb"}]
+            {"q": "a b", "choices": ["h", "cd"], "gold": 1, "text": "bcd bb"}]
     (tmp_path / "docs.jsonl").write_text("".join(f"{json.dumps(doc)}\n" for doc in docs))
     tasks = {
         "choice": "output_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_target: gold\n"
