@@ -12,7 +12,7 @@ the logits stay the same, and training can go on from there.
 
 import importlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -64,7 +64,8 @@ def refuse(reasons: dict[str, bool]):
 
 
 def save_run(out_dir: Path, options: dict, weights: dict, tokenizer: dict | None, kv_shift: str):
-    """Writes out_dir/best.pt from the options of GPTConfig and the weights of a vanilla model."""
+    """Writes out_dir/best.pt from the options of GPTConfig and the weights of a vanilla model, and
+    a preset for train.py that starts from it."""
     config = GPTConfig(**options, kv_shift=kv_shift, shift_init="identity")
     model = GPT(config)
     expected = {name: p.shape for name, p in model.named_parameters() if "shift." not in name}
@@ -75,6 +76,12 @@ def save_run(out_dir: Path, options: dict, weights: dict, tokenizer: dict | None
     out_dir.mkdir(parents=True, exist_ok=True)
     corpus = SimpleNamespace(tokenizer=tokenizer, checksum=None)
     save_checkpoint(out_dir / "best.pt", model, None, config, corpus, RunState())
+    preset = {"init_from": str(out_dir / "best.pt")} | asdict(config)
+    with atomic_write(out_dir / "preset.py") as f:
+        f.write("".join(f"{name} = {value!r}\n" for name, value in preset.items()).encode())
+    print(f"to train it further: python train.py {out_dir / 'preset.py'} --dataset=NAME "
+          f"--out_dir=out/NAME, with a corpus from data/text/prepare.py "
+          f"--tokenizer={out_dir / 'best.pt'}")
 
 
 def read_llama(folder: Path):

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import convert
 from checkpoint import load_checkpoint, load_model
+from config import parse
 from data.tokenizing import Tokenizer
 from model import GPT, GPTConfig
+from train import TrainConfig
 
 import pytest
 import torch
@@ -57,6 +59,8 @@ def test_an_imported_model_can_get_a_shift_that_changes_no_logit(tmp_path, call)
     assert code == 0, err
     ours = load_model(load_checkpoint(tmp_path / "run/best.pt"), "cpu")
     assert list(ours.blocks[1].attn.shift) == ["k", "v"]
+    preset = parse(TrainConfig, [str(tmp_path / "run/preset.py")])
+    assert preset.init_from == str(tmp_path / "run/best.pt") and preset.n_layer == 2
     idx = torch.randint(97, (2, 24))
     with torch.no_grad():
         torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-5, rtol=1e-5)

@@ -1,6 +1,6 @@
 """Your own text files as a corpus.
 
-    python data/text/prepare.py FILE... --name=mytext --tokenizer=bytes|char|gpt2
+    python data/text/prepare.py FILE... --name=mytext --tokenizer=bytes|char|gpt2|out/x/best.pt
     python train.py config/quickstart.py --dataset=mytext --out_dir=out/mytext
 
 The files are read in the given order, as UTF-8 (bytes: anything). A line <|endoftext|> ends a
@@ -16,7 +16,6 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from config import UserError, parse_with_paths, run
@@ -29,7 +28,7 @@ SHARD_SIZE = 1 << 24  # bytes of text in a shard, at least, except in the last
 @dataclass
 class PrepareConfig:
     name: str = "mytext"  # the corpus is written to data/NAME
-    tokenizer: Literal["bytes", "char", "gpt2"] = "bytes"  # 256 bytes | its characters | GPT-2's
+    tokenizer: str = "bytes"  # bytes, char, gpt2, or a checkpoint that has the tokenizer
     val_fraction: float = 0.1  # fraction of the text, at its end, that becomes val
     workers: int = 0  # processes that tokenize; 0: one for each core
 
@@ -44,7 +43,12 @@ def main():
     jobs = [Job(sum(end - begin for *_, begin, end in parts),
                 partial(read, parts, config.tokenizer != "bytes"))
             for parts in split_files(files, config.val_fraction)]
-    write_corpus(FOLDER / config.name, {"kind": config.tokenizer}, options, jobs, config.workers)
+    spec = {"kind": config.tokenizer}
+    if config.tokenizer not in ("bytes", "char", "gpt2"):
+        from checkpoint import load_checkpoint  # imports torch
+
+        spec = load_checkpoint(config.tokenizer)["tokenizer"]
+    write_corpus(FOLDER / config.name, spec, options, jobs, config.workers)
 
 
 def split_files(files: list[tuple], val_fraction: float) -> list[list[tuple]]:
