@@ -48,6 +48,29 @@ def main():
     print(f"wrote {target}")
 
 
+NAMES = """
+embed                model.embed_tokens                         token_embd
+norm                 model.norm                                 output_norm
+head                 lm_head                                    output
+blocks.{i}.norm_attn model.layers.{i}.input_layernorm           blk.{i}.attn_norm
+blocks.{i}.attn.q    model.layers.{i}.self_attn.q_proj          blk.{i}.attn_q
+blocks.{i}.attn.k    model.layers.{i}.self_attn.k_proj          blk.{i}.attn_k
+blocks.{i}.attn.v    model.layers.{i}.self_attn.v_proj          blk.{i}.attn_v
+blocks.{i}.attn.out  model.layers.{i}.self_attn.o_proj          blk.{i}.attn_output
+blocks.{i}.norm_mlp  model.layers.{i}.post_attention_layernorm  blk.{i}.ffn_norm
+blocks.{i}.mlp.gate  model.layers.{i}.mlp.gate_proj             blk.{i}.ffn_gate
+blocks.{i}.mlp.up    model.layers.{i}.mlp.up_proj               blk.{i}.ffn_up
+blocks.{i}.mlp.down  model.layers.{i}.mlp.down_proj             blk.{i}.ffn_down
+"""
+
+
+def names(n_layer: int, column: Literal["llama", "gguf"]) -> dict[str, str]:
+    """Names of the other format -> names of our parameters."""
+    rows = [[f"{name}.weight" for name in line.split()] for line in NAMES.split("\n") if line]
+    return {row[1 + (column == "gguf")].format(i=i): row[0].format(i=i)
+            for row in rows for i in range(n_layer)}
+
+
 def need(package: str):
     try:
         return importlib.import_module(package)
@@ -106,7 +129,7 @@ def read_llama(folder: Path):
     theirs = {}
     for path in sorted(folder.glob("*.safetensors")):
         theirs |= safetensors.load_file(path)
-    ours = {their: our for our, their in llama_names(options["n_layer"]).items()}
+    ours = names(options["n_layer"], "llama")
     weights = {ours.get(name, name): weight.float() for name, weight in theirs.items()}
     if options["tie_embeddings"]:
         weights.pop("head.weight", None)
@@ -116,20 +139,6 @@ def read_llama(folder: Path):
         tokenizer = {"kind": "hf", "json": (folder / "tokenizer.json").read_text(),
                      "end_of_text": ends[0] if isinstance(ends, list) else ends}
     return options, weights, tokenizer
-
-
-def llama_names(n_layer: int) -> dict[str, str]:
-    """The names of our parameters -> those of Hugging Face."""
-    names = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-    for i in range(n_layer):
-        for our, their in (
-                ("norm_attn", "input_layernorm"), ("norm_mlp", "post_attention_layernorm"),
-                ("attn.q", "self_attn.q_proj"), ("attn.k", "self_attn.k_proj"),
-                ("attn.v", "self_attn.v_proj"), ("attn.out", "self_attn.o_proj"),
-                ("mlp.gate", "mlp.gate_proj"), ("mlp.up", "mlp.up_proj"),
-                ("mlp.down", "mlp.down_proj")):
-            names[f"blocks.{i}.{our}"] = f"model.layers.{i}.{their}"
-    return {f"{our}.weight": f"{their}.weight" for our, their in names.items()}
 
 
 def read_gguf(path: Path):
@@ -154,15 +163,8 @@ def read_gguf(path: Path):
         rope_base=field("llama.rope.freq_base", 10_000.0),
         norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
         tie_embeddings="output.weight" not in weights)
-    names = {"token_embd": "embed", "output_norm": "norm", "output": "head"}
-    for i in range(options["n_layer"]):
-        for their, our in (("attn_norm", "norm_attn"), ("ffn_norm", "norm_mlp"),
-                           ("attn_q", "attn.q"), ("attn_k", "attn.k"), ("attn_v", "attn.v"),
-                           ("attn_output", "attn.out"), ("ffn_gate", "mlp.gate"),
-                           ("ffn_up", "mlp.up"), ("ffn_down", "mlp.down")):
-            names[f"blk.{i}.{their}"] = f"blocks.{i}.{our}"
-    weights = {f"{names[name.removesuffix('.weight')]}.weight": weight
-               for name, weight in weights.items() if name.removesuffix(".weight") in names}
+    ours = names(options["n_layer"], "gguf")
+    weights = {ours.get(name, name): weight for name, weight in weights.items()}
     for name, weight in weights.items():  # GGUF rotates neighbours, we rotate halves
         if name.endswith((".q.weight", ".k.weight")):
             heads = options["n_head"] if ".q." in name else options["n_kv_head"]
@@ -218,13 +220,13 @@ def to_llama(model: GPT):
     c = model.config
     refuse({f"kv_shift={c.kv_shift}": c.kv_shift != "none",
             f"shift_at={c.shift_at}": c.shift_at != "attention", "rope_base=0": c.rope_base == 0})
-    names = llama_names(c.n_layer)
+    theirs = {our: their for their, our in names(c.n_layer, "llama").items()}
     return hf_config(
         c, model_type="llama", architectures=["LlamaForCausalLM"], head_dim=c.head_dim,
         intermediate_size=model.blocks[0].mlp.up.out_features, attention_bias=False,
         mlp_bias=False, tie_word_embeddings=c.tie_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_base},
-    ), {names[name]: p for name, p in model.named_parameters()}
+    ), {theirs[name]: p for name, p in model.named_parameters()}
 
 
 def to_baichuan(model: GPT):

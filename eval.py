@@ -259,8 +259,10 @@ def run_harness(model: GPT, tokenizer: Tokenizer, config: EvalConfig) -> str:
                     return tokenizer.decode(new[:-1])
             return tokenizer.decode(new)
 
-    manager = TaskManager(include_path=config.include_path or None)
-    results = simple_evaluate(Harness(), tasks=config.tasks.split(","), num_fewshot=config.shots,
+    tasks, manager = config.tasks.split(","), TaskManager(include_path=config.include_path or None)
+    if unknown := {*tasks} - {*manager.all_tasks}:
+        raise UserError(f"lm-eval has no task {min(unknown)}: lm-eval ls tasks lists all")
+    results = simple_evaluate(Harness(), tasks=tasks, num_fewshot=config.shots,
                               limit=config.limit, task_manager=manager, bootstrap_iters=1000)
     return make_table(results)
 

@@ -160,17 +160,17 @@ def test_smollm2_predicts_english(tmp_path, call):
     assert code == 0, err
     checkpoint = load_checkpoint(tmp_path / "run/best.pt")
     model, tokenizer = load_model(checkpoint, "cpu"), Tokenizer(checkpoint["tokenizer"])
-    text = ("The cat sat by the window and watched the rain fall on the garden. In the evening, "
-            "when the clouds had gone, she went out to look for mice among the wet leaves, but "
-            "she found none.")
+    text = ("The capital of France is Paris. It is the largest city in the country and one of the "
+            "most visited cities in the world. Many people go there to see the Eiffel Tower, the "
+            "Louvre Museum and the river Seine.")
     idx = torch.tensor(tokenizer.encode(text).tolist())[None]
     with torch.no_grad():
-        assert 1.5 < model(idx[:, :-1], idx[:, 1:]) < 3
+        assert model(idx[:, :-1], idx[:, 1:]) < 1.7  # nats per token
         for block in model.blocks:  # rotary positions of neighbours instead of halves
             for linear, heads in ((block.attn.q, 9), (block.attn.k, 3)):
                 w = linear.weight
                 w.copy_(w.view(heads, 2, -1, w.size(1)).transpose(1, 2).reshape(w.shape).clone())
-        assert model(idx[:, :-1], idx[:, 1:]) > 3
+        assert model(idx[:, :-1], idx[:, 1:]) > 2.7
     model = load_model(checkpoint, "cpu")
     prompt = "The sun rises in the east and sets in the"
     idx = torch.tensor(tokenizer.encode(prompt).tolist())[None]
