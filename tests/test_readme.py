@@ -4,6 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+from eval import EvalConfig
 from model import GPT, GPTConfig, KVShift
 from sample import SampleConfig
 from train import TrainConfig
@@ -24,7 +25,8 @@ def test_every_file_that_a_document_names_exists(name):
 
 
 def test_every_option_in_the_readme_exists():
-    fields = {f.name for cls in (TrainConfig, SampleConfig) for f in dataclasses.fields(cls)}
+    fields = {f.name for cls in (TrainConfig, SampleConfig, EvalConfig)
+              for f in dataclasses.fields(cls)}
     others = {"help", "name", "tokenizer", "val_fraction", "nproc_per_node", "nnodes",
               "max_restarts", "rdzv_backend", "rdzv_endpoint", "experiment", "nanogpt", "arms",
               "seeds", "key"}
