@@ -27,6 +27,7 @@ class Tokenizer:
 
         {"kind": "bytes"}                 UTF-8 bytes; a zero byte ends a document
         {"kind": "char", "chars": "..."}  the characters of a corpus; if among them, "\\0" ends one
+        {"kind": "words", "words": [...]} words between spaces; the first one ends a document
         {"kind": "gpt2"}                  GPT-2's BPE, 50,257 ids; <|endoftext|> ends a document
         {"kind": "hf", "json": "...", "end_of_text": 0}    the content of a tokenizer.json
 
@@ -41,6 +42,10 @@ class Tokenizer:
             self.chars = spec["chars"]
             self.ids = {char: i for i, char in enumerate(self.chars)}
             self.vocab_size, self.end_of_text = len(self.chars), self.ids.get("\0")
+        elif self.kind == "words":
+            self.chars = [f"{word} " for word in spec["words"]]
+            self.ids = {word: i for i, word in enumerate(spec["words"])}
+            self.vocab_size, self.end_of_text = len(self.chars), 0
         elif self.kind == "gpt2":
             import tiktoken
 
@@ -75,10 +80,11 @@ class Tokenizer:
             return self.bpe.encode_to_numpy(text, disallowed_special=())
         if self.kind == "hf":
             return np.array(self.hf.encode(text, add_special_tokens=False).ids, np.uint32)
+        units = text.split() if self.kind == "words" else text
         try:
-            return np.fromiter(map(self.ids.__getitem__, text), np.uint32, len(text))
+            return np.fromiter(map(self.ids.__getitem__, units), np.uint32, len(units))
         except KeyError as error:
-            raise UserError(f"character {error} is not among the {self.vocab_size} of this "
+            raise UserError(f"{error} is not among the {self.vocab_size} ids of this "
                             "tokenizer") from None
 
     def decode_bytes(self, ids) -> bytes:

@@ -38,6 +38,9 @@ PYTHON = MODEL | {  # bytes, with a context that is long enough for induction to
     "dataset": "pystdlib", "block_size": 256, "batch_size": 8, "max_steps": 1500,
     "warmup_steps": 50, "eval_every": 150, "eval_tokens": 131_072, "log_every": 25}
 HALF = {"max_steps": 750, "eval_every": 750, "eval_start": 131_072}
+IGSM = {"dataset": "igsm", "n_layer": 6, "n_head": 4, "n_embd": 128, "block_size": 512,
+        "batch_size": 8, "max_steps": 4000, "warmup_steps": 100, "eval_every": 500,
+        "eval_tokens": 131_072}
 EXPERIMENTS = {  # options of train.py
     "rates": PYTHON | HALF,
     "python": PYTHON,
@@ -48,7 +51,9 @@ EXPERIMENTS = {  # options of train.py
     "retrofit": PYTHON | {"init_from": "python-vanilla-{seed}/ckpt.pt"},  # 1500 steps more
     "no_rotary": PYTHON | {"rope_base": 0},
     "muon_rates": PYTHON | HALF | {"optimizer": "muon"},
-    "muon": PYTHON | {"optimizer": "muon"}}
+    "muon": PYTHON | {"optimizer": "muon"},
+    "igsm_rates": IGSM | {"max_steps": 1500},
+    "igsm": IGSM}
 OUTSIDE = {"kv_shift": "none", "shift_init": "identity"}  # of keys and values
 ARMS = {  # kinds of model; the first one is the reference
     "vanilla": {"kv_shift": "none"},
@@ -81,7 +86,9 @@ PLAN = [  # experiment, arms, seeds: in the order of work
                "window 3, queries too", "1 2 3"),
     ("no_rotary", "vanilla, KV shift", "1 2 3"),
     ("muon_rates", "vanilla, KV shift", "101"),
-    ("muon", "vanilla, KV shift", "1 2 3")]
+    ("muon", "vanilla, KV shift", "1 2 3"),
+    ("igsm_rates", "vanilla, KV shift", "101"),
+    ("igsm", "vanilla, KV shift", "1 2 3")]
 
 
 @dataclass
@@ -138,7 +145,8 @@ class Results:
     def learning_rate(self, experiment: str, arm: str) -> float:
         if rate := EXPERIMENTS[experiment].get("learning_rate"):
             return rate
-        runs = self.read("muon_rates" if experiment == "muon" else "rates")
+        own = f"{experiment}_rates"
+        runs = self.read(own if own in EXPERIMENTS else "rates")
         runs = [r for r in runs if r["arm"] == arm] or [r for r in runs if r["arm"] == "KV shift"]
         if not runs:
             raise UserError("no learning rate yet: run --experiment=rates (or muon_rates) first")

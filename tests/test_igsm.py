@@ -1,0 +1,89 @@
+"""data/igsm and experiments/igsm.py: right solutions, a grader that finds errors, unseen tests."""
+
+import random
+import re
+
+from data import Corpus
+from data.igsm import prepare as igsm
+from data.tokenizing import Tokenizer
+from experiments import compare
+from experiments import igsm as experiment
+from train import main as train_main
+
+import pytest
+
+
+@pytest.mark.parametrize("setting", ["paper", "full"])
+def test_the_grader_agrees_with_every_generated_solution_and_finds_every_changed_number(setting):
+    rng = random.Random(0)
+    for _ in range(400):
+        problem, solution = igsm.draw_problem(rng, setting, 2, 15)
+        assert igsm.grade(problem, solution) == (True, True)
+        head, answer = solution.rsplit(" Answer ")
+        numbers = [*re.finditer(r"(?<== )\d+(?= [;.])", head)]
+        assert len(numbers) == len(re.findall("[:;] [a-zA-Z] = ", head))  # equations
+        changed = rng.choice(numbers)
+        wrong = str((int(changed[0]) + 1) % 23)
+        head = head[: changed.start()] + wrong + head[changed.end() :]
+        assert igsm.grade(problem, f"{head} Answer {answer}") == (True, False)
+        wrong = str((int(answer.split()[0]) + 1) % 23)
+        assert igsm.grade(problem, solution.rsplit(" ", 2)[0] + f" {wrong} .") == (False, False)
+    assert igsm.grade(problem, "Solution : no . Answer .") == (False, False)
+
+
+def test_operations_of_a_derived_quantity_are_products_and_sums():
+    edges = [("Hill", "Hall"), ("Hill", "Gym"), ("Hall", "Pouch"), ("Gym", "Pouch")]
+    formulas = {f"{a} {b}": 3 for a, b in edges} | igsm.derived_formulas(edges)
+    solution, n_op = igsm.solve(random.Random(0), formulas, "Hill Bags", everything=False)
+    assert solution.endswith("Answer 18 .")  # 3 * 3 + 3 * 3
+    assert n_op == 4 + 2 + 3  # stated quantities; one of each room; two products and a sum
+
+
+def test_the_same_seed_gives_the_same_problems_and_no_template_is_in_both_splits(tmp_path, call):
+    options = ["--problems=1000", "--max_op=6", "--workers=1"]
+    texts = []
+    for name in ("a", "b"):
+        code, out, err = call(igsm.main, *options, f"--name={tmp_path / name}")
+        assert code == 0, err
+        corpus = Corpus(tmp_path / name)
+        tokenizer = Tokenizer(corpus.tokenizer)
+        texts.append({split: tokenizer.decode(corpus.windows(split, [0], n - 1)[0].tolist())
+                      for split, n in corpus.tokens.items()})
+    assert texts[0] == texts[1]
+    solutions = {split: [document.split("? ")[1].strip() for document in text.split("<end>")
+                         if "?" in document] for split, text in texts[0].items()}
+    assert 600 < len(solutions["train"]) < 850 and sum(map(len, solutions.values())) == 1000
+    assert {igsm.template_split(s) for s in solutions["val"]} == {"val"}
+    assert {igsm.template_split(s) for s in solutions["train"]} == {"train"}
+
+
+def test_a_model_that_knows_its_problems_is_graded_as_right(tmp_path, call, monkeypatch):
+    rng = random.Random(1)
+    pairs = [igsm.draw_problem(rng, "paper", 4, 4) for _ in range(4)]
+    monkeypatch.setattr(igsm, "draw_problem", lambda *args: rng.choice(pairs))
+    monkeypatch.setattr(igsm, "template_split",
+                        lambda solution: rng.choice(["train", "train", "val"]))
+    call(igsm.main, "--problems=1000", "--max_op=4", "--workers=1", f"--name={tmp_path / 'data'}")
+    code, out, err = call(train_main, f"--dataset={tmp_path / 'data'}", f"--out_dir={tmp_path}/run",
+                          "--n_layer=1", "--n_head=2", "--n_embd=64", "--block_size=128",
+                          "--batch_size=8", "--max_steps=250", "--learning_rate=1e-2",
+                          "--warmup_steps=10", "--eval_tokens=1024", "--device=cpu")
+    assert code == 0, err
+    monkeypatch.setattr(experiment, "draw_problem", lambda *args: pairs[args[0].randrange(4)])
+    monkeypatch.setattr(experiment, "template_split", lambda solution: "val")
+    arguments = [tmp_path / "run", "--problems=8", "--beyond=0", f"--results={tmp_path}/results",
+                 f"--out={tmp_path}/a.png"]
+    code, out, err = call(experiment.main, *arguments)
+    assert code == 0, err
+    assert "4 operations: answers 100%, solutions 100%" in out and (tmp_path / "a.png").exists()
+    again = call(experiment.main, *arguments)[1]
+    assert "operations:" not in again and "| kv_shift=kv, answers" in again  # from the results
+
+
+@pytest.mark.parametrize("argument, message", [
+    ("--max_op=3", "max_op=3 must be in [4, 24]"), ("--setting=hard", "must be paper|full"),
+    ("--problems=1", "problems must be at least 1000")])
+def test_bad_options_are_one_line_and_exit_code_2(argument, message, tmp_path, call):
+    code, _, err = call(igsm.main, argument, f"--name={tmp_path / 'x'}")
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert "igsm" in compare.EXPERIMENTS
