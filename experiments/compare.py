@@ -93,11 +93,11 @@ PLAN = [  # experiment, arms, seeds: in the order of work
 
 @dataclass
 class CompareConfig:
-    experiment: str = ""  # one of EXPERIMENTS, default: all of PLAN
-    arms: str = MAIN  # kinds of model of that experiment
+    experiment: str = ""  # one of EXPERIMENTS; default: all of PLAN
+    arms: str = MAIN  # kinds of model of that experiment, separated by commas
     seeds: str = "1 2 3"  # seeds of each kind
     train: bool = True  # False: tables and figures from the results alone
-    times: bool = False  # only measure the step times of all kinds, on an idle machine
+    times: bool = False  # only measure the step times of these kinds, on an idle machine
     workers: int = 2  # runs at the same time, one CPU core each
     out_dir: str = "out/compare"  # folder of the runs and of the figures
     results: str = str(ROOT / "experiments" / "results")  # folder of <experiment>.jsonl
@@ -115,7 +115,7 @@ def main():
     results = Results(Path(config.results))
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     if config.times:
-        return measure_times(results)
+        return measure_times(results, ["vanilla", *config.arms.split(", ")])
     if config.train:
         for i, (experiment, arms, seeds) in enumerate(plan, start=1):
             print(f"part {i} of {len(plan)}: {experiment}", flush=True)
@@ -124,7 +124,10 @@ def main():
         print(f"\n{experiment}\n{make_table(results, experiment)}")
         if "rates" not in experiment and results.arms(experiment):
             draw(results, experiment, Path(config.out_dir) / f"{experiment}.png")
-    print(f"\nfigures: {config.out_dir}/*.png")
+    missing = [f"{experiment}: {arm}" for experiment, arms, seeds in plan for arm in arms
+               if "rates" not in experiment
+               and not {*seeds} <= results.arms(experiment).get(arm, {}).keys()]
+    print(f"\nfigures: {config.out_dir}/*.png; incomplete: {', '.join(missing) or 'nothing'}")
 
 
 class Results:
@@ -210,13 +213,13 @@ def train_one(config: CompareConfig, experiment: str, arm: str, seed: int, rate:
             "versions": header["versions"]}
 
 
-def measure_times(results: Results):
+def measure_times(results: Results, arms: list[str]):
     """Adds a line per arm: the time of a compiled step, divided by vanilla's in the same round."""
     config = BenchConfig(**MODEL, vocab_size=256, block_size=256, batch_size=8)
-    kinds = {arm: GPT(GPTConfig(**MODEL, vocab_size=256, block_size=256, **options))
-             for arm, options in ARMS.items()}
+    kinds = {arm: GPT(GPTConfig(**MODEL, vocab_size=256, block_size=256, **ARMS[arm]))
+             for arm in arms}
     speeds = time_steps(kinds, config, torch.device("cpu"), torch.float32, compiled=True)
-    for arm in ARMS:
+    for arm in kinds:
         ratio = np.median(np.divide(speeds["vanilla"], speeds[arm]))
         results.add("step_times", {"arm": arm, "ratio": ratio, "tokens_per_s": speeds[arm]})
         print(f"{arm}: {ratio:.3f}")
