@@ -89,6 +89,8 @@ class KVShift(nn.Module):
 
     def __init__(self, n_head, head_dim, window=2, per="head", weights="free", init="uniform"):
         super().__init__()
+        assert per in ("head", "channel") and weights in ("free", "clamp", "gate", "input")
+        assert init == "uniform" or init in ("identity", "previous") and weights in ("free", "clamp")
         self.n_head, self.head_dim, self.window = n_head, head_dim, window
         self.kind, self.init = weights, init
         rows = window - 1 if weights in ("gate", "input") else window
@@ -134,7 +136,7 @@ class KVShift(nn.Module):
 
 
 def make_shift(c: GPTConfig, n_head: int, name: str = "") -> KVShift:
-    """The shift of the rows `name`: "q", "k", "v" or others."""
+    """The shift that the options describe, of the rows "q", "k", "v" or of others (no name)."""
     init = c.shift_init
     if init == "induction":
         init = "previous" if name == "k" else "identity"

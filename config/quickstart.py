@@ -12,5 +12,6 @@ optimizer = "muon"
 learning_rate = 1e-2
 min_lr = 1e-3
 warmup_steps = 50
+eval_every = 400
 eval_tokens = 131_072
 log_every = 25

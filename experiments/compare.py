@@ -246,7 +246,8 @@ def make_table(results: Results, experiment: str) -> str:
             mean_and_error(differences(arms, arm), sign="+") if seeds is not first else "",
             " ".join(f"{r['saved']:.2f}" for r in runs),
             " ".join(str(steps_to_induction(r["curve"])) for r in runs),
-            loss_at_equal_time(runs, ratios.get(arm)), f"{ratios.get(arm, np.nan):.3f}",
+            loss_at_equal_time(runs, ratios.get(arm)),
+            f"{ratios[arm]:.3f}" if arm in ratios else "",
             str(runs[0]["parameters"] - first_parameters), str(cache_bytes(arm))])
     return table(["", "seeds", "learning rate", "val loss", "difference", "nats saved on a repeat",
                   "steps to save 0.1", "loss at equal time", "step time", "parameters added",
