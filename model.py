@@ -90,7 +90,8 @@ class KVShift(nn.Module):
     def __init__(self, n_head, head_dim, window=2, per="head", weights="free", init="uniform"):
         super().__init__()
         assert per in ("head", "channel") and weights in ("free", "clamp", "gate", "input")
-        assert init == "uniform" or init in ("identity", "previous") and weights in ("free", "clamp")
+        if init != "uniform":
+            assert init in ("identity", "previous") and weights in ("free", "clamp")
         self.n_head, self.head_dim, self.window = n_head, head_dim, window
         self.kind, self.init = weights, init
         rows = window - 1 if weights in ("gate", "input") else window
