@@ -301,7 +301,8 @@ def draw(results: Results, experiment: str, path: Path):
     dots.set(xlabel=f"val loss minus that of {first}, in nats",
              title="mean and standard error (number of seeds)")
     curves.set(xlabel="steps", ylabel="val loss", title="line: mean of the seeds, band: range")
-    curves.legend()
+    if curves.lines:
+        curves.legend()
     save_figure(figure, path)
 
 

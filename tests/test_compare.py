@@ -22,30 +22,35 @@ def results(tmp_path):
     return compare.Results(tmp_path / "results")
 
 
-def test_finished_runs_are_not_trained_again_and_rates_are_those_of_the_best_run(
-        call, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "RATES", (1e-3, 2e-3))
+def test_finished_runs_are_not_trained_again(call, corpus, tmp_path, monkeypatch):
+    python = TINY | {"dataset": corpus}
+    monkeypatch.setattr(compare, "RATES", (2e-3,))
     monkeypatch.setattr(compare, "EXPERIMENTS", {
-        "rates": TINY | {"dataset": corpus}, "python": TINY | {"dataset": corpus},
-        "retrofit": TINY | {"dataset": corpus, "init_from": "python-vanilla-{seed}/ckpt.pt"}})
-    monkeypatch.setattr(compare, "train_one", lambda *a, f=compare.train_one: ran.append(a[1:]) or
+        "rates": python, "python": python,
+        "retrofit": python | {"init_from": "python-vanilla-{seed}/ckpt.pt"}})
+    monkeypatch.setattr(compare, "train_one", lambda *a, f=compare.train_one: ran.append(a) or
                         f(*a))
-    folders = [f"--out_dir={tmp_path}/out", f"--results={tmp_path}/results"]
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     for experiment, arms, expected in (
-            ("rates", "KV shift", 2), ("python", "vanilla", 1), ("python", "vanilla, smear", 1),
+            ("rates", "KV shift", 1), ("python", "vanilla, smear", 2), ("python", "smear", 0),
             ("retrofit", "identity", 1)):
         ran = []
-        monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
         code, out, err = call(compare.main, f"--experiment={experiment}", f"--arms={arms}",
-                              "--seeds=1", *folders)
+                              "--seeds=1", f"--out_dir={tmp_path}/out",
+                              f"--results={tmp_path}/results")
         assert code == 0, err
         assert len(ran) == expected
-    rates = map(json.loads, (tmp_path / "results/rates.jsonl").read_text().splitlines())
-    best = min(rates, key=lambda r: r["val_loss"])
     runs = map(json.loads, (tmp_path / "results/python.jsonl").read_text().splitlines())
-    used = {r["arm"]: r["learning_rate"] for r in runs}
-    assert used == {"vanilla": best["learning_rate"], "smear": best["learning_rate"]}
+    assert {r["arm"]: r["learning_rate"] for r in runs} == {"vanilla": 2e-3, "smear": 2e-3}
     assert (tmp_path / "out/retrofit.png").exists()
+
+
+def test_the_learning_rate_is_that_of_the_best_run_of_its_kind_or_else_of_kv_shift(results):
+    for arm, rate, loss in (("vanilla", 1e-3, 1.2), ("vanilla", 3e-3, 1.1), ("vanilla", 6e-3, 1.3),
+                            ("KV shift", 3e-3, 1.1), ("KV shift", 6e-3, 1.0)):
+        results.add("rates", record(arm, 101, loss, rate))
+    rates = [results.learning_rate("python", arm) for arm in ("vanilla", "KV shift", "smear")]
+    assert rates == [3e-3, 6e-3, 6e-3] and results.learning_rate("shakespeare", "vanilla") == 1e-3
 
 
 def test_the_table_states_paired_differences_and_their_standard_error(results):

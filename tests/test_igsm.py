@@ -66,7 +66,7 @@ def test_a_model_that_knows_its_problems_is_graded_as_right(tmp_path, call, monk
     call(igsm.main, "--problems=1000", "--max_op=4", "--workers=1", f"--name={tmp_path / 'data'}")
     code, out, err = call(train_main, f"--dataset={tmp_path / 'data'}", f"--out_dir={tmp_path}/run",
                           "--n_layer=1", "--n_head=2", "--n_embd=64", "--block_size=128",
-                          "--batch_size=8", "--max_steps=250", "--learning_rate=1e-2",
+                          "--batch_size=8", "--max_steps=150", "--learning_rate=1e-2",
                           "--warmup_steps=10", "--eval_tokens=1024", "--device=cpu")
     assert code == 0, err
     monkeypatch.setattr(experiment, "draw_problem", lambda *args: pairs[args[0].randrange(4)])
