@@ -181,38 +181,30 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str):
 def print_scores(model: GPT, tokenizer: Tokenizer, config: EvalConfig):
     """Scores a JSON Lines file: choices by the sum of their log-probabilities and by its mean per
     character; of a text, the last word."""
-    lines, pairs = [], []
-    for number, line in enumerate(Path(config.jsonl).read_text().splitlines(), start=1):
-        try:
-            line = json.loads(line)
-            if "text" in line:
-                context, word = line["text"].rstrip().rsplit(maxsplit=1)
-                new = [(context, " " + word)]
-            else:
-                new = [(line["context"], " " + choice) for choice in line["choices"]]
-                line["choices"][line["answer"]]
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"{config.jsonl}, line {number}: must have text, or context, choices "
-                            f"and answer ({type(error).__name__}: {error})") from None
-        lines.append((line, len(new)))
-        pairs += [encode_pair(tokenizer, *pair) for pair in new]
-    scores = iter(score(model, pairs, config.batch_size))
-    words, by_sum, by_mean = [], [], []
-    for line, n in lines:
-        logprobs, greedy = zip(*(next(scores) for _ in range(n)), strict=True)
-        if "text" in line:
-            words.append((greedy[0], logprobs[0]))
-        else:
-            means = np.divide(logprobs, [max(1, len(choice)) for choice in line["choices"]])
-            by_sum.append(np.argmax(logprobs) == line["answer"])
-            by_mean.append(np.argmax(means) == line["answer"])
+    try:
+        lines = [json.loads(line) for line in Path(config.jsonl).read_text().splitlines()]
+        questions = [line for line in lines if "text" not in line]
+        texts = [line["text"].rstrip().rsplit(maxsplit=1) for line in lines if "text" in line]
+        words = [encode_pair(tokenizer, context, " " + word) for context, word in texts]
+        choices = [encode_pair(tokenizer, question["context"], " " + choice)
+                   for question in questions for choice in question["choices"]]
+        right = [range(len(question["choices"]))[question["answer"]] for question in questions]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{config.jsonl}: each line must have text, or context, choices and answer "
+                        f"({type(error).__name__}: {error})") from None
     if words:
-        greedy, logprobs = np.mean(words, axis=0)
+        logprobs, greedy = np.mean(score(model, words, config.batch_size), axis=0)
         print(f"last word: accuracy {greedy:.4f}, perplexity {math.exp(-logprobs):.4g} "
               f"({len(words)} texts)")
-    if by_sum:
-        print(f"choices: accuracy {np.mean(by_sum):.4f} by log-probability, {np.mean(by_mean):.4f} "
-              f"by its mean per character ({len(by_sum)} lines)")
+    if questions:
+        scores, by_sum, by_mean = iter(score(model, choices, config.batch_size)), [], []
+        for question in questions:
+            logprobs = [next(scores)[0] for _ in question["choices"]]
+            by_sum.append(np.argmax(logprobs))
+            by_mean.append(np.argmax(np.divide(logprobs, [*map(len, question["choices"])])))
+        print(f"choices: accuracy {np.mean(np.equal(by_sum, right)):.4f} by log-probability, "
+              f"{np.mean(np.equal(by_mean, right)):.4f} by its mean per character "
+              f"({len(questions)} lines)")
 
 
 def run_harness(model: GPT, tokenizer: Tokenizer, config: EvalConfig) -> str:

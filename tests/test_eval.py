@@ -118,7 +118,7 @@ def test_the_last_word_and_the_right_choice_are_found_where_the_model_is_right(
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "pass one run folder"), (["RUN", "--jsonl=FILE"], "line 2: must have text, or context"),
+    ([], "pass one run folder"), (["RUN", "--jsonl=FILE"], "each line must have text, or context"),
     (["RUN", "--text=none"], "none"), (["RUN", "--batch_size=0"], "batch_size must be")])
 def test_mistakes_are_one_line_and_exit_code_2(arguments, message, bigram_run, tmp_path, call):
     (tmp_path / "FILE").write_text('{"text": "a b"}\n{"context": "a"}\n')
