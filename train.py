@@ -477,7 +477,8 @@ class Log:
 
 def print_samples(model: GPT, tokenizer: Tokenizer, device):
     """Three short samples that begin at the start of a line: document starts are often alike."""
-    prompt = [tokenizer.start] if tokenizer.kind == "char" else tokenizer.encode("\n").tolist()
+    prompt = [] if tokenizer.kind == "char" else tokenizer.encode("\n").tolist()
+    prompt = prompt or [tokenizer.start]  # in words, a line break has no token
     idx = torch.tensor(prompt, device=device).repeat(3, 1)
     generator = torch.Generator(device).manual_seed(1)
     texts = model.eval().generate(idx, 150, temperature=0.8, generator=generator)

@@ -32,15 +32,14 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[1]
-RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
 MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 128}  # 0.8M parameters
 PYTHON = MODEL | {  # bytes, with a context that is long enough for induction to pay
     "dataset": "pystdlib", "block_size": 256, "batch_size": 8, "max_steps": 1500,
     "warmup_steps": 50, "eval_every": 150, "eval_tokens": 131_072, "log_every": 25}
 HALF = {"max_steps": 750, "eval_every": 750, "eval_start": 131_072}
-IGSM = {"dataset": "igsm", "n_layer": 6, "n_head": 4, "n_embd": 128, "block_size": 512,
-        "batch_size": 8, "max_steps": 4000, "warmup_steps": 100, "eval_every": 500,
-        "eval_tokens": 131_072}
+IGSM = {"dataset": "igsm", "n_layer": 6, "n_head": 4, "n_embd": 64, "block_size": 384,
+        "batch_size": 8, "max_steps": 2000, "warmup_steps": 50, "eval_every": 250,
+        "eval_tokens": 98_304, "optimizer": "muon"}
 EXPERIMENTS = {  # options of train.py
     "rates": PYTHON | HALF,
     "python": PYTHON,
@@ -52,8 +51,9 @@ EXPERIMENTS = {  # options of train.py
     "no_rotary": PYTHON | {"rope_base": 0},
     "muon_rates": PYTHON | HALF | {"optimizer": "muon"},
     "muon": PYTHON | {"optimizer": "muon"},
-    "igsm_rates": IGSM | {"max_steps": 1500},
-    "igsm": IGSM}
+    "igsm_rates": IGSM | {"max_steps": 500},
+    "igsm": IGSM,
+    "igsm_full": IGSM | {"dataset": "igsm_full"}}
 OUTSIDE = {"kv_shift": "none", "shift_init": "identity"}  # of keys and values
 ARMS = {  # kinds of model; the first one is the reference
     "vanilla": {"kv_shift": "none"},
@@ -96,6 +96,7 @@ class CompareConfig:
     experiment: str = ""  # one of EXPERIMENTS; default: all of PLAN
     arms: str = MAIN  # kinds of model of that experiment, separated by commas
     seeds: str = "1 2 3"  # seeds of each kind
+    rates: str = "1.5e-3 3e-3 6e-3 1.2e-2"  # learning rates of the experiments called *rates
     train: bool = True  # False: tables and figures from the results alone
     times: bool = False  # only measure the step times of these kinds, on an idle machine
     workers: int = 2  # runs at the same time, one CPU core each
@@ -148,7 +149,7 @@ class Results:
     def learning_rate(self, experiment: str, arm: str) -> float:
         if rate := EXPERIMENTS[experiment].get("learning_rate"):
             return rate
-        own = f"{experiment}_rates"
+        own = f"{experiment.split('_')[0]}_rates"
         runs = self.read(own if own in EXPERIMENTS else "rates")
         runs = [r for r in runs if r["arm"] == arm] or [r for r in runs if r["arm"] == "KV shift"]
         if not runs:
@@ -166,7 +167,7 @@ class Results:
 
 
 def train_missing(config: CompareConfig, results: Results, experiment, arms, seeds):
-    rates = RATES if "rates" in experiment else [None]
+    rates = [*map(float, config.rates.split())] if "rates" in experiment else [None]
     done = {(r["arm"], r["seed"], r["learning_rate"]) for r in results.read(experiment)}
     missing = [(arm, seed, rate or results.learning_rate(experiment, arm))
                for seed in seeds for rate in rates for arm in arms]

@@ -24,7 +24,6 @@ def results(tmp_path):
 
 def test_finished_runs_are_not_trained_again(call, corpus, tmp_path, monkeypatch):
     python = TINY | {"dataset": corpus}
-    monkeypatch.setattr(compare, "RATES", (2e-3,))
     monkeypatch.setattr(compare, "EXPERIMENTS", {
         "rates": python, "python": python,
         "retrofit": python | {"init_from": "python-vanilla-{seed}/ckpt.pt"}})
@@ -37,7 +36,7 @@ def test_finished_runs_are_not_trained_again(call, corpus, tmp_path, monkeypatch
         ran = []
         code, out, err = call(compare.main, f"--experiment={experiment}", f"--arms={arms}",
                               "--seeds=1", f"--out_dir={tmp_path}/out",
-                              f"--results={tmp_path}/results")
+                              "--rates=2e-3", f"--results={tmp_path}/results")
         assert code == 0, err
         assert len(ran) == expected
     runs = map(json.loads, (tmp_path / "results/python.jsonl").read_text().splitlines())
