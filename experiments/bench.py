@@ -3,6 +3,7 @@
     python experiments/bench.py                                      two small models
     python experiments/bench.py --nanogpt=../nanoGPT                 beside a clone of nanoGPT
     python experiments/bench.py config/gpt2.py --micro_batch_size=4  the model of a preset
+    python experiments/bench.py config/gpt2.py --measure=decoding    no training
 
 The models run in turn, A B A B. The table has medians over the rounds, and medians of the ratios
 within each round. A training step is one micro-batch, gradient clipping and the optimizer.
@@ -17,6 +18,7 @@ from functools import partial
 from operator import truediv
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -39,6 +41,7 @@ SIZES = [  # the first one is nanoGPT's for a CPU
 class BenchConfig(TrainConfig):
     rounds: int = 9  # measurements of each model
     seconds: float = 0.5  # approximate length of a measurement
+    measure: Literal["all", "training", "decoding"] = "all"  # what to measure
     nanogpt: str = ""  # folder of a clone of github.com/karpathy/nanoGPT, to measure it as well
     json: str = ""  # file for the results of all rounds
 
@@ -52,8 +55,11 @@ def main():
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     torch.set_float32_matmul_precision("high")
     modes = [False, True] if config.compile is None else [config.compile]
-    plan = [*(partial(training, c, device, dtype, compiled) for c in configs for compiled in modes),
-            partial(decoding, configs[0], device, dtype)]
+    plan = []
+    if config.measure != "decoding":
+        plan += [partial(training, c, device, dtype, mode) for c in configs for mode in modes]
+    if config.measure != "training":
+        plan += [partial(decoding, configs[0], device, dtype, batch_size) for batch_size in (1, 8)]
     kinds = list(make_models(configs[0], "meta"))
     seconds = len(plan) * len(kinds) * (config.rounds * config.seconds + 8)  # 8: to compile
     print(f"{device_name}, {torch.get_num_threads()} threads, {dtype}: {len(plan)} measurements of "
@@ -79,13 +85,19 @@ def make_models(config: BenchConfig, device) -> dict[str, torch.nn.Module]:
     shifted = config.kv_shift if config.kv_shift != "none" else "kv"
     models = {f"kv_shift={kind}": GPT(replace(config, kv_shift=kind)) for kind in ("none", shifted)}
     if config.nanogpt:
-        spec = importlib.util.spec_from_file_location("nanogpt", f"{config.nanogpt}/model.py")
-        nanogpt = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(nanogpt)
-        nanogpt.print = lambda *values: None  # it prints its size
+        nanogpt = load_nanogpt(config.nanogpt)
         sizes = {name: getattr(config, name) for name in SIZES[0] if name != "batch_size"}
         models["nanoGPT"] = nanogpt.GPT(nanogpt.GPTConfig(bias=False, **sizes))
     return {kind: model.to(device) for kind, model in models.items()}
+
+
+def load_nanogpt(folder: str):
+    """The module model.py of a clone of nanoGPT."""
+    spec = importlib.util.spec_from_file_location("nanogpt", f"{folder}/model.py")
+    nanogpt = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nanogpt)
+    nanogpt.print = lambda *values: None  # it prints its size
+    return nanogpt
 
 
 def training(config, device, dtype, compiled: bool) -> dict:
@@ -122,18 +134,44 @@ def time_steps(models: dict, config, device, dtype, compiled: bool) -> dict[str,
     return in_turn(steps, x.numel(), config, device)
 
 
-def decoding(config, device, dtype) -> dict:
-    """Tokens/s when up to 64 tokens are generated one by one. Each one reads all weights, so the
-    rate of reading memory, divided by their size, is a bound, unless they fit in a cache."""
+@torch.no_grad()
+def decoding(config, device, dtype, batch_size: int) -> dict:
+    """Tokens/s of reading a prompt of half the context, and of the tokens after it, one by one.
+    nanoGPT has no cache: it reads the prompt again for each token. For each token all weights are
+    read, and the keys and values of the prompt: the rate of copying memory gives a bound, unless
+    they fit in the processor's cache."""
     models = {kind: m.to(dtype).eval() for kind, m in make_models(config, device).items()}
-    start, n = torch.zeros(1, 1, dtype=torch.long, device=device), min(64, config.block_size - 1)
+    T = config.block_size // 2
+    prompt = torch.zeros(batch_size, T, dtype=torch.long, device=device)
     a, b = torch.ones(2, 2**28, dtype=torch.uint8, device=device)
-    actions = {kind: partial(m.generate, start, n) for kind, m in models.items()}
-    speeds = in_turn(actions | {"copy": partial(b.copy_, a)}, n, config, device)
-    bytes_per_s = max(speeds.pop("copy")) / n * 2 * len(a)
-    bounds = {kind: [bytes_per_s / sum(p.numel() * p.element_size() for p in m.parameters())]
-              for kind, m in models.items()}
-    return {"decoding (tokens/s)": speeds, "its bound by memory (tokens/s)": bounds}
+    read, decode, size = {}, {}, {}
+    for kind, model in models.items():
+        size[kind] = sum(p.nbytes for p in model.parameters())
+        if kind == "nanoGPT":
+            read[kind] = decode[kind] = partial(model, prompt)
+        else:
+            cache = model.new_cache(batch_size)
+            model.hidden(prompt, cache)
+            size[kind] += sum(kv.nbytes for pair in cache.kv.values() for kv in pair) // 2
+            read[kind] = partial(prefill, model, prompt)
+            decode[kind] = partial(decode_one, model, prompt[:, -1:], cache, T)
+    name = f"width {config.n_embd}, prompt {T}, batch {batch_size}"
+    prefills = in_turn(read, prompt.numel(), config, device)
+    speeds = in_turn(decode | {"copy": partial(b.copy_, a)}, batch_size, config, device)
+    bytes_per_s = max(speeds.pop("copy")) / batch_size * 2 * len(a)
+    return {f"prefill, {name} (tokens/s)": prefills, f"decoding, {name} (tokens/s)": speeds,
+            f"bound by memory, {name} (tokens/s)": {
+                kind: [batch_size * bytes_per_s / size[kind]] for kind in models}}
+
+
+def prefill(model: GPT, prompt):
+    model.logits(model.hidden(prompt, model.new_cache(*prompt.shape))[:, -1])
+
+
+def decode_one(model: GPT, token, cache, length: int):
+    """One token after `length` cached ones, always the same one."""
+    cache.length = length
+    model.logits(model.hidden(token, cache)[:, -1])
 
 
 def in_turn(actions: dict, tokens: int, config, device) -> dict[str, list[float]]:

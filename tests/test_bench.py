@@ -1,16 +1,16 @@
-"""experiments/bench.py, experiments/estimate.py and the presets."""
+"""experiments/bench.py, race.py, scaling.py, estimate.py and the presets."""
 
 import json
 
 from config import parse, read_preset
-from experiments import bench, estimate
+from experiments import bench, estimate, race, scaling
 from model import GPT, GPTConfig
 from train import TrainConfig
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_corpus
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,11 +23,8 @@ class GPT(torch.nn.Embedding):
         super().__init__(config.vocab_size, config.n_embd)
         print("number of parameters: few")
 
-    def forward(self, idx, targets):
+    def forward(self, idx, targets=None):
         return None, super().forward(idx).mean()
-
-    def generate(self, idx, max_new_tokens):
-        return torch.cat([idx, idx.new_zeros(len(idx), max_new_tokens)], dim=1)
 """
 FAST = ["--rounds=3", "--seconds=0.01", "--device=cpu", "--compile=False"]
 
@@ -47,7 +44,8 @@ def test_the_benchmark_measures_both_sizes_beside_nanogpt(call, tmp_path, monkey
     assert [row[0] for row in table[2:]] == list(results) == [
         "eager, 1 layers, width 16, context 8, batch 2 (tokens/s)",
         "eager, 1 layers, width 16, context 16, batch 2 (tokens/s)",
-        "decoding (tokens/s)", "its bound by memory (tokens/s)"]
+        *(f"{what}, width 16, prompt 4, batch {n} (tokens/s)" for n in (1, 8)
+          for what in ("prefill", "decoding", "bound by memory"))]
     for row, values in zip(table[2:4], results.values(), strict=False):
         none, kv, nanogpt = values.values()
         assert table[0][1:4] == list(values) and out.count(row[0]) == 2  # a line and the table
@@ -61,6 +59,41 @@ def test_options_of_the_size_select_one_model(call):
     code, out, _ = call(bench.main, *FAST, *size, "--kv_shift=k")
     assert code == 0 and out.count("eager") == 2 and "context 8, batch 5" in out
     assert "time of kv_shift=k / kv_shift=none" in out
+
+
+def test_a_race_compares_times_and_losses_on_the_same_tokens(call, tmp_path, monkeypatch):
+    corpus = make_corpus(tmp_path / "shakespeare_char", n_val=65)  # one window
+    nanogpt = tmp_path / "nanoGPT"
+    (nanogpt / "data/shakespeare_char").mkdir(parents=True)
+    (nanogpt / "model.py").write_text(NANOGPT.replace("super().forward(idx).mean()",
+                                                      "0.5 + idx[0, 0]"))
+    (nanogpt / "train.py").write_text(
+        "import sys, torch; folder = sys.argv[-1].split('=')[1]; __import__('os').mkdir(folder); "
+        "torch.save({'model_args': {'vocab_size': 256, 'n_embd': 1}, 'model': {'weight': "
+        "torch.zeros(256, 1)}}, folder + '/ckpt.pt')")
+    monkeypatch.setattr(race, "FOLDER", tmp_path)
+    monkeypatch.setattr(race, "prepare_corpus", lambda name: None)
+    monkeypatch.setattr(race, "OURS", f"--dataset={corpus} --block_size=64 --n_layer=1 --n_head=1 "
+                        "--n_embd=2 --max_steps=1")
+    code, out, err = call(race.main, f"--nanogpt={nanogpt}", "--seeds=1")
+    assert code == 2 and "must be a clone of nanoGPT with its data/shakespeare_char prepared" in err
+    (nanogpt / "data/shakespeare_char/val.bin").touch()
+    code, out, err = call(race.main, f"--nanogpt={nanogpt}", "--seeds=1")
+    assert code == 0, err
+    row = cells(out)[2]
+    first = (corpus / "val_0000.bin").read_bytes()[0]
+    assert row[2] == f"{0.5 + first:.4f}" and float(row[4]) < 6
+    assert float(row[5]) == pytest.approx(float(row[3]) / float(row[1]), rel=0.1)
+
+
+def test_scaling_has_a_row_per_shape_and_size_of_corpus(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "SHAPES", [(1, 16)])
+    monkeypatch.setattr(scaling, "MEGABYTES", [1])
+    (tmp_path / "a.txt").write_text("text\n" * 9)
+    code, out, err = call(scaling.main, tmp_path / "a.txt", "--n_embd=16")
+    assert code == 0 and not err
+    rows = cells(out)
+    assert [row[:2] for row in (rows[2], *rows[5:])] == [["16", "1"], ["1 MB", "1"], ["1 MB", "2"]]
 
 
 def test_flops_are_those_that_torch_counts():
