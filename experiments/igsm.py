@@ -1,7 +1,8 @@
-"""iGSM (the paper's Table 7): accuracy on math problems, by their number of operations.
+r"""iGSM (the paper's Table 7): accuracy on math problems, by their number of operations.
 
     python data/igsm/prepare.py --setting=paper --max_op=12
-    python experiments/compare.py --experiment=igsm_rates --arms="vanilla, KV shift" --seeds=101
+    python experiments/compare.py --experiment=igsm_rates --arms="vanilla, KV shift" --seeds=101 \
+        --rates="6e-3 1.2e-2 2.4e-2"
     python experiments/compare.py --experiment=igsm --arms="vanilla, KV shift"
     python experiments/igsm.py out/compare/igsm-vanilla-* out/compare/igsm-KV-shift-*
 
