@@ -80,7 +80,7 @@ def nanogpt_loss(folder, path: Path) -> float:
     sets = evaluation_sets(Corpus(FOLDER / "shakespeare_char"), 64, 0, 0, induction=False)
     inputs, targets = sets["val_loss"]
     with torch.no_grad():
-        losses = [model(x, y)[1].item() * len(x)
+        losses = [model(x, y.contiguous())[1].item() * len(x)
                   for x, y in zip(inputs.split(64), targets.split(64), strict=True)]
     return sum(losses) / len(inputs)
 

@@ -66,7 +66,7 @@ def test_a_race_compares_times_and_losses_on_the_same_tokens(call, tmp_path, mon
     nanogpt = tmp_path / "nanoGPT"
     (nanogpt / "data/shakespeare_char").mkdir(parents=True)
     (nanogpt / "model.py").write_text(NANOGPT.replace("super().forward(idx).mean()",
-                                                      "0.5 + idx[0, 0]"))
+                                                      "0.5 + idx[0, 0] + 0 * targets.view(-1)[0]"))
     (nanogpt / "train.py").write_text(
         "import sys, torch; folder = sys.argv[-1].split('=')[1]; __import__('os').mkdir(folder); "
         "torch.save({'model_args': {'vocab_size': 256, 'n_embd': 1}, 'model': {'weight': "
