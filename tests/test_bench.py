@@ -62,7 +62,7 @@ def test_options_of_the_size_select_one_model(call):
 
 
 def test_a_race_compares_times_and_losses_on_the_same_tokens(call, tmp_path, monkeypatch):
-    corpus = make_corpus(tmp_path / "shakespeare_char", n_val=65)  # one window
+    corpus = make_corpus(tmp_path / "shakespeare_char", n_val=129)  # two windows
     nanogpt = tmp_path / "nanoGPT"
     (nanogpt / "data/shakespeare_char").mkdir(parents=True)
     (nanogpt / "model.py").write_text(NANOGPT.replace("super().forward(idx).mean()",
