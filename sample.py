@@ -50,9 +50,9 @@ class SampleConfig:
 
 def main():
     config = parse(SampleConfig)
-    device, dtype = choose_device(config.device, config.dtype)
     checkpoint = load_checkpoint(Path(config.out_dir) / config.checkpoint)
     tokenizer = Tokenizer(checkpoint["tokenizer"])
+    device, dtype = choose_device(config.device, config.dtype, checkpoint["config"]["n_embd"])
     model = load_model(checkpoint, device, dtype)
 
     text = Path(config.prompt_file).read_bytes() if config.prompt_file else config.prompt

@@ -51,18 +51,18 @@ def main():
     configs = [replace(config, **size) for size in SIZES]
     if any(getattr(config, name) != getattr(BenchConfig, name) for name in SIZES[0]):
         configs = [replace(config, vocab_size=config.vocab_size or 256)]  # a preset, or options
-    device, dtype = choose_device(config.device, config.dtype)
+    device, _ = choose_device(config.device, config.dtype)
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     torch.set_float32_matmul_precision("high")
     modes = [False, True] if config.compile is None else [config.compile]
     plan = []
     if config.measure != "decoding":
-        plan += [partial(training, c, device, dtype, mode) for c in configs for mode in modes]
+        plan += [partial(training, c, mode) for c in configs for mode in modes]
     if config.measure != "training":
-        plan += [partial(decoding, configs[0], device, dtype, batch_size) for batch_size in (1, 8)]
+        plan += [partial(decoding, configs[0], n) for n in (1, 8)]
     kinds = list(make_models(configs[0], "meta"))
     seconds = len(plan) * len(kinds) * (config.rounds * config.seconds + 8)  # 8: to compile
-    print(f"{device_name}, {torch.get_num_threads()} threads, {dtype}: {len(plan)} measurements of "
+    print(f"{device_name}, {torch.get_num_threads()} threads: {len(plan)} measurements of "
           f"{', '.join(kinds)}, about {seconds / 60:.1f} minutes\n", flush=True)
     others = [kind for kind in kinds if kind != kinds[1]]
     head = ["", *kinds, *(f"time of {kinds[1]} / {kind}" for kind in others)]
@@ -100,12 +100,13 @@ def load_nanogpt(folder: str):
     return nanogpt
 
 
-def training(config, device, dtype, compiled: bool) -> dict:
+def training(config, compiled: bool) -> dict:
     """Tokens/s of training steps; on a known GPU also the MFU."""
+    device, dtype = choose_device(config.device, config.dtype, config.n_embd)
     models = make_models(config, device)
     speeds = time_steps(models, config, device, dtype, compiled)
-    name = (f"{'compiled' if compiled else 'eager'}, {config.n_layer} layers, width "
-            f"{config.n_embd}, context {config.block_size}, batch "
+    name = (f"{'compiled' if compiled else 'eager'}, {str(dtype)[6:]}, {config.n_layer} layers, "
+            f"width {config.n_embd}, context {config.block_size}, batch "
             f"{config.micro_batch_size or config.batch_size}")
     results = {f"{name} (tokens/s)": speeds}
     if device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name(device))):
@@ -135,11 +136,12 @@ def time_steps(models: dict, config, device, dtype, compiled: bool) -> dict[str,
 
 
 @torch.no_grad()
-def decoding(config, device, dtype, batch_size: int) -> dict:
+def decoding(config, batch_size: int) -> dict:
     """Tokens/s of reading a prompt of half the context, and of the tokens after it, one by one.
     nanoGPT has no cache: it reads the prompt again for each token. For each token all weights are
     read, and the keys and values of the prompt: the rate of copying memory gives a bound, unless
     they fit in the processor's cache."""
+    device, dtype = choose_device(config.device, config.dtype, config.n_embd)
     models = {kind: m.to(dtype).eval() for kind, m in make_models(config, device).items()}
     T = config.block_size // 2
     prompt = torch.zeros(batch_size, T, dtype=torch.long, device=device)
@@ -155,7 +157,7 @@ def decoding(config, device, dtype, batch_size: int) -> dict:
             size[kind] += sum(kv.nbytes for pair in cache.kv.values() for kv in pair) // 2
             read[kind] = partial(prefill, model, prompt)
             decode[kind] = partial(decode_one, model, prompt[:, -1:], cache, T)
-    name = f"width {config.n_embd}, prompt {T}, batch {batch_size}"
+    name = f"{str(dtype)[6:]}, width {config.n_embd}, prompt {T}, batch {batch_size}"
     prefills = in_turn(read, prompt.numel(), config, device)
     speeds = in_turn(decode | {"copy": partial(b.copy_, a)}, batch_size, config, device)
     bytes_per_s = max(speeds.pop("copy")) / batch_size * 2 * len(a)

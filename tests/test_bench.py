@@ -42,9 +42,9 @@ def test_the_benchmark_measures_both_sizes_beside_nanogpt(call, tmp_path, monkey
     assert code == 0 and not err and "number of parameters" not in out
     results, table = json.loads(path.read_text())["results"], cells(out)
     assert [row[0] for row in table[2:]] == list(results) == [
-        "eager, 1 layers, width 16, context 8, batch 2 (tokens/s)",
-        "eager, 1 layers, width 16, context 16, batch 2 (tokens/s)",
-        *(f"{what}, width 16, prompt 4, batch {n} (tokens/s)" for n in (1, 8)
+        "eager, float32, 1 layers, width 16, context 8, batch 2 (tokens/s)",
+        "eager, float32, 1 layers, width 16, context 16, batch 2 (tokens/s)",
+        *(f"{what}, float32, width 16, prompt 4, batch {n} (tokens/s)" for n in (1, 8)
           for what in ("prefill", "decoding", "bound by memory"))]
     for row, values in zip(table[2:4], results.values(), strict=False):
         none, kv, nanogpt = values.values()
