@@ -4,6 +4,8 @@ import json
 
 from config import parse, read_preset
 from experiments import bench, estimate, race, scaling
+from experiments.hop import HopConfig
+from induction_toy import ToyConfig
 from model import GPT, GPTConfig
 from train import TrainConfig
 
@@ -141,3 +143,5 @@ def test_the_presets_have_the_sizes_of_the_paper_and_repeat_no_default():
     for path in {*ROOT.glob("config/*.py")} - {*ROOT.glob("config/[_t]*.py")}:  # not the toy's
         values = read_preset(TrainConfig, str(path))
         assert not [name for name in values if values[name] == getattr(TrainConfig, name)], path
+    assert parse(ToyConfig, [str(ROOT / "config/toy_paper.py")]).width == 1024
+    assert parse(HopConfig, [str(ROOT / "config/toy_hop_paper.py")]).max_hops == 16

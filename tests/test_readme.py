@@ -4,14 +4,17 @@ import dataclasses
 import re
 from pathlib import Path
 
+import train
+from checkpoint import load_checkpoint, load_model
 from eval import EvalConfig
-from model import GPT, GPTConfig, KVShift
+from model import KVShift
 from sample import SampleConfig
 from train import TrainConfig
 
 import pytest
 import torch
-from conftest import ROOT, randomize
+from conftest import ROOT
+from test_train import arguments
 
 README = (ROOT / "README.md").read_text()
 
@@ -33,15 +36,16 @@ def test_every_option_in_the_readme_exists():
     assert set(re.findall(r"--(\w+)", README)) <= fields | others
 
 
-def test_the_variant_in_the_readme_decodes_with_a_cache():
+def test_the_variant_in_the_readme_is_trained_saved_loaded_and_decoded_with_a_cache(
+        call, corpus, tmp_path, monkeypatch):
     source = re.search(r"```python\n(class GatedShift.*?)```", README, re.DOTALL).group(1)
     names = {"KVShift": KVShift, "torch": torch}
     exec(source, names)
-    model = GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=4, n_embd=16))
-    for block in model.blocks:
-        block.attn.shift["v"] = names["GatedShift"](4, 4)
-    randomize(model)
-    idx, cache = torch.randint(11, (2, 16)), model.new_cache(2)
+    monkeypatch.setattr("model.KVShift", names["GatedShift"])
+    code, out, err = call(train.main, *arguments(corpus, tmp_path / "a", optimizer="muon"))
+    assert code == 0, err
+    model = load_model(load_checkpoint(tmp_path / "a" / "ckpt.pt"), "cpu")
+    idx, cache = torch.randint(256, (2, 16)), model.new_cache(2)
     logits = [model(chunk, cache=cache) for chunk in idx.split([3, 1, 1, 4, 7], dim=1)]
     torch.testing.assert_close(torch.cat(logits, dim=1), model(idx), atol=1e-5, rtol=1e-5)
 

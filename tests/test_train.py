@@ -142,21 +142,18 @@ def test_a_run_killed_50_times_ends_like_one_that_was_not(call, corpus, tmp_path
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
-def test_a_complete_run_says_so_and_a_constant_rate_may_train_longer(call, corpus, tmp_path):
+def test_a_complete_run_says_so_and_a_constant_rate_may_train_longer(
+        call, corpus, tmp_path, monkeypatch):
     def constant(**more):
         return call(train.main, *arguments(corpus, tmp_path / "a", lr_schedule="constant", **more))
 
     assert constant()[0] == 0
     assert "is complete: step 6, best val loss" in constant()[1]
-    assert "resuming" in constant(max_steps=8)[1]
-    assert [header["config"]["max_steps"] for header in read_log(tmp_path / "a")[0]] == [6, 8]
-
-
-def test_a_resumed_run_logs_its_own_device_and_versions(call, corpus, tmp_path, monkeypatch):
-    call(train.main, *arguments(corpus, tmp_path / "a", lr_schedule="constant"))
     monkeypatch.setattr(train.platform, "python_version", lambda: "9.9")
-    call(train.main, *arguments(corpus, tmp_path / "a", lr_schedule="constant", max_steps=7))
-    assert [h["versions"]["python"] == "9.9" for h in read_log(tmp_path / "a")[0]] == [False, True]
+    assert "resuming" in constant(max_steps=8)[1]
+    headers = read_log(tmp_path / "a")[0]
+    assert [header["config"]["max_steps"] for header in headers] == [6, 8]
+    assert [header["versions"]["python"] == "9.9" for header in headers] == [False, True]
 
 
 def test_resume_no_after_a_restart_by_torchrun_still_resumes(call, corpus, tmp_path, monkeypatch):
@@ -380,25 +377,21 @@ def test_training_learns(call, tmp_path):
     assert losses[0] > 5 and losses[-1] < 1.5
 
 
-def test_micro_batches_recomputation_and_compilation_change_nothing_but_rounding(
+def test_micro_batches_recomputation_compilation_and_bfloat16_change_rounding_only(
         call, corpus, tmp_path):
-    cases = [{}, {"micro_batch_size": 1}, {"recompute": True}, {"compile": True}]
+    cases = [{}, {"micro_batch_size": 1}, {"recompute": True}, {"compile": True},
+             {"dtype": "bfloat16"}]
     logs = []
     for i, more in enumerate(cases):
-        code, out, err = call(train.main, *arguments(corpus, tmp_path / str(i), dropout=0, **more))
+        more |= {"n_layer": 1, "dropout": 0}  # one layer compiles sooner
+        code, out, err = call(train.main, *arguments(corpus, tmp_path / str(i), **more))
         assert code == 0, err
         logs.append([(line["step"], line.get("loss", 0), line.get("val_loss", 0))
                      for line in read_log(tmp_path / str(i))[1]])
-    for log in logs[1:]:
-        torch.testing.assert_close(torch.tensor(log), torch.tensor(logs[0]), rtol=1e-5, atol=1e-5)
-
-
-def test_bfloat16_learns_about_the_same(call, corpus, tmp_path):
-    losses = []
-    for dtype in ("float32", "bfloat16"):
-        call(train.main, *arguments(corpus, tmp_path / dtype, dtype=dtype, dropout=0))
-        losses.append(read_log(tmp_path / dtype)[1][-1]["val_loss"])
-    assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.02
+    logs = torch.tensor(logs)
+    for log in logs[1:4]:
+        torch.testing.assert_close(log, logs[0], rtol=1e-5, atol=1e-5)
+    assert 1e-5 < (logs[4] - logs[0]).abs().max() < 0.02
 
 
 def test_the_learning_rate_warms_up_and_decays():
@@ -528,21 +521,6 @@ def test_program_errors_keep_their_traceback(call, corpus, tmp_path, monkeypatch
     monkeypatch.setattr(train, "learning_rate", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call(train.main, *arguments(corpus, tmp_path / "a"))
-
-
-def test_a_variant_is_trained_saved_and_loaded(call, corpus, tmp_path, monkeypatch):
-    class Gated(KVShift):
-        def weights(self, x):
-            gate = torch.sigmoid(x.mean(dim=-1, keepdim=True) + self.weight[0])
-            return gate, 1 - gate
-
-    monkeypatch.setattr("model.KVShift", Gated)
-    code, out, err = call(train.main, *arguments(corpus, tmp_path / "a", optimizer="muon"))
-    assert code == 0, err
-    model = load_model(load_checkpoint(tmp_path / "a" / "ckpt.pt"), "cpu")
-    idx, cache = torch.randint(256, (1, 9)), model.new_cache(1)
-    logits = torch.cat([model(chunk, cache=cache) for chunk in idx.split(2, dim=1)], dim=1)
-    torch.testing.assert_close(logits, model(idx), atol=1e-5, rtol=1e-5)
 
 
 def test_commands_work_from_another_folder_and_a_reader_may_leave(corpus, tmp_path):
