@@ -53,6 +53,7 @@ EXPERIMENTS = {  # options of train.py
     "muon": PYTHON | {"optimizer": "muon"},
     "igsm_rates": IGSM | {"max_steps": 500},
     "igsm": IGSM,
+    "igsm_long": IGSM | {"max_steps": 8000, "eval_every": 1000},
     "igsm_full": IGSM | {"dataset": "igsm_full"}}
 OUTSIDE = {"kv_shift": "none", "shift_init": "identity"}  # of keys and values
 ARMS = {  # kinds of model; the first one is the reference
@@ -88,7 +89,8 @@ PLAN = [  # experiment, arms, seeds: in the order of work
     ("muon_rates", "vanilla, KV shift", "101"),
     ("muon", "vanilla, KV shift", "1 2 3"),
     ("igsm_rates", "vanilla, KV shift", "101"),
-    ("igsm", "vanilla, KV shift", "1 2 3")]
+    ("igsm", "vanilla, KV shift", "1 2 3"),
+    ("igsm_long", "vanilla, KV shift", "1 2 3")]
 
 
 @dataclass

@@ -3,8 +3,8 @@ r"""iGSM (the paper's Table 7): accuracy on math problems, by their number of op
     python data/igsm/prepare.py --setting=paper --max_op=12
     python experiments/compare.py --experiment=igsm_rates --arms="vanilla, KV shift" --seeds=101 \
         --rates="6e-3 1.2e-2 2.4e-2"
-    python experiments/compare.py --experiment=igsm --arms="vanilla, KV shift"
-    python experiments/igsm.py out/compare/igsm-vanilla-* out/compare/igsm-KV-shift-*
+    python experiments/compare.py --experiment=igsm_long --arms="vanilla, KV shift"
+    python experiments/igsm.py out/compare/igsm_long-vanilla-* out/compare/igsm_long-KV-shift-*
 
 Decodes greedily. The problems have solution templates that training has not seen, and up to
 `beyond` operations more than in training. An answer is right if its number is; a solution, if all
