@@ -68,9 +68,8 @@ def evaluate_run(config: IgsmConfig, path: Path) -> dict:
                 problems.append(problem)
         if problems:
             solutions = solve(model, tokenizer, problems)
-            accuracy[n_op] = np.mean([grade(*pair) for pair in zip(problems, solutions,
-                                                                   strict=True)], axis=0).tolist()
-            answer, steps = accuracy[n_op]
+            grades = [grade(*pair) for pair in zip(problems, solutions, strict=True)]
+            answer, steps = accuracy[str(n_op)] = np.mean(grades, axis=0).tolist()
             print(f"{path.name}, {n_op} operations: answers {answer:.0%}, solutions {steps:.0%}",
                   flush=True)
     return {"run": path.name, "kv_shift": run_config["kv_shift"], "seed": run_config["seed"],
@@ -101,8 +100,8 @@ def report(config: IgsmConfig, records: list[dict]):
     ops = sorted({int(n_op) for record in records for n_op in record["accuracy"]})
     for i, kind in enumerate(dict.fromkeys(record["kv_shift"] for record in records)):
         runs = [record for record in records if record["kv_shift"] == kind]
-        values = np.array([[record["accuracy"].get(str(n), record["accuracy"].get(n))
-                            for n in ops] for record in runs])  # (runs, operations, 2)
+        values = np.array([[record["accuracy"][str(n)] for n in ops]
+                           for record in runs])  # (runs, operations, 2)
         for j, (ax, name) in enumerate(zip(axes, ("answers", "solutions"), strict=True)):
             color = COLORS.get(kind, OTHER_COLORS[i % 4])
             ax.plot(ops, values[:, :, j].mean(0), color=color, label=f"kv_shift={kind}")
