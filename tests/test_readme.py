@@ -13,7 +13,7 @@ from train import TrainConfig
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, randomize
 from test_train import arguments
 
 README = (ROOT / "README.md").read_text()
@@ -44,7 +44,7 @@ def test_the_variant_in_the_readme_is_trained_saved_loaded_and_decoded_with_a_ca
     monkeypatch.setattr("model.KVShift", names["GatedShift"])
     code, out, err = call(train.main, *arguments(corpus, tmp_path / "a", optimizer="muon"))
     assert code == 0, err
-    model = load_model(load_checkpoint(tmp_path / "a" / "ckpt.pt"), "cpu")
+    model = randomize(load_model(load_checkpoint(tmp_path / "a" / "ckpt.pt"), "cpu"))
     idx, cache = torch.randint(256, (2, 16)), model.new_cache(2)
     logits = [model(chunk, cache=cache) for chunk in idx.split([3, 1, 1, 4, 7], dim=1)]
     torch.testing.assert_close(torch.cat(logits, dim=1), model(idx), atol=1e-5, rtol=1e-5)
