@@ -196,8 +196,9 @@ def test_a_model_that_stays_at_100_percent_stops_early():
 def test_ctrl_c_ends_a_run_without_traceback(tmp_path):
     command = [sys.executable, ROOT / "induction_toy.py", *TINY, "--experiment=depth",
                "--max_steps=1000000", "--learning_rate=1e-9", "--workers=2", "--out_dir=here"]
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs ignore it
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True) as process:
+                          text=True, preexec_fn=default) as process:
         try:
             while "models to train" not in process.stdout.readline():
                 pass
