@@ -112,7 +112,9 @@ def report(config: IgsmConfig, records: list[dict]):
                          *(f"{value:.2f}" for value in values[:, :, j].mean(0))])
     for ax in axes:
         ax.axvline(records[0]["max_op"] + 0.5, color="gray", linewidth=0.8)
-    axes[0].legend(title="line: mean, band: range; left of the gray line: as in training")
+    axes[0].legend()
+    figure.suptitle("line: mean of the seeds, band: range; left of the gray line: as in training",
+                    fontsize=10)
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, config.out)
     print("\n" + table(["operations", "seeds", *map(str, ops)], rows))
