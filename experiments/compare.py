@@ -5,9 +5,9 @@
     python experiments/compare.py --train=False       # tables and figures of the finished runs
 
 Each run is a call of train.py. A finished run adds one line to results/<experiment>.jsonl and is
-not trained again: rerun the same command to resume. The learning rate of a kind of model is the
-best one of its runs in `rates`, which have half the steps, another seed and other validation
-tokens. Kinds that are not in `rates` get that of KV shift.
+not trained again: rerun the same command to resume. The learning rate of a kind of model is the one
+with the lowest mean loss in `rates`, whose runs have half the steps, other seeds and other
+validation tokens. Kinds that are not in `rates` get that of KV shift.
 """
 
 import json
@@ -156,7 +156,8 @@ class Results:
         runs = [r for r in runs if r["arm"] == arm] or [r for r in runs if r["arm"] == "KV shift"]
         if not runs:
             raise UserError("no learning rate yet: run --experiment=rates (or muon_rates) first")
-        return min(runs, key=lambda r: r["val_loss"])["learning_rate"]
+        return min((r["learning_rate"] for r in runs), key=lambda rate: np.mean(
+            [r["val_loss"] for r in runs if r["learning_rate"] == rate]))
 
     def arms(self, experiment: str) -> dict[str, dict[int, dict]]:
         """arm -> seed -> record, at the learning rate of the arm, in the order of ARMS."""
@@ -232,9 +233,10 @@ def make_table(results: Results, experiment: str) -> str:
     """A row per arm. The reference of the differences is the first row, seed by seed."""
     if "rates" in experiment:
         runs = results.read(experiment)
-        losses = {(r["arm"], r["learning_rate"]): f"{r['val_loss']:.4f}" for r in runs}
-        rates = sorted({r["learning_rate"] for r in runs})
-        rows = [[arm, *(losses.get((arm, rate), "") for rate in rates)]
+        losses, rates = {}, sorted({r["learning_rate"] for r in runs})
+        for r in runs:
+            losses.setdefault((r["arm"], r["learning_rate"]), []).append(r["val_loss"])
+        rows = [[arm, *(mean_and_error(losses.get((arm, rate), [])) for rate in rates)]
                 for arm in dict.fromkeys(r["arm"] for r in runs)]
         return table(["val loss", *(f"{rate:g}" for rate in rates)], rows)
     arms, times = results.arms(experiment), results.read("step_times")

@@ -44,8 +44,8 @@ def test_finished_runs_are_not_trained_again(call, corpus, tmp_path, monkeypatch
     assert (tmp_path / "out/retrofit.png").exists()
 
 
-def test_the_learning_rate_is_that_of_the_best_run_of_its_kind_or_else_of_kv_shift(results):
-    for arm, rate, loss in (("vanilla", 1e-3, 1.2), ("vanilla", 3e-3, 1.1), ("vanilla", 6e-3, 1.3),
+def test_the_learning_rate_has_the_lowest_mean_loss_of_its_kind_or_else_of_kv_shift(results):
+    for arm, rate, loss in (("vanilla", 1e-3, 1.0), ("vanilla", 1e-3, 1.4), ("vanilla", 3e-3, 1.1),
                             ("KV shift", 3e-3, 1.1), ("KV shift", 6e-3, 1.0)):
         results.add("rates", record(arm, 101, loss, rate))
     rates = [results.learning_rate("python", arm) for arm in ("vanilla", "KV shift", "smear")]
