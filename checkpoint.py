@@ -4,9 +4,9 @@ A checkpoint is one file that torch.load(..., weights_only=True) reads. It does 
 number of processes, nor on how they share the model:
 
     format     2
-    config     the TrainConfig, as a dict
+    config     the TrainConfig, as a dict; the GPTConfig of an imported model
     tokenizer  the spec of data.tokenizing.Tokenizer
-    corpus     the checksum of the corpus
+    corpus     the checksum of the corpus; None for an imported model
     run        the RunState, as a dict
     model      parameters by name, on the CPU
     optimizer  optimizer states by parameter name (ckpt.pt only: best.pt is for sampling)
@@ -33,7 +33,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-# A run may be resumed with other values of these options; any other difference is another run.
+# A run may be resumed with other values of these options, and of max_steps if its learning rate is
+# constant; any other difference is another run.
 FREE_TO_CHANGE = {"out_dir", "resume", "micro_batch_size", "log_every", "eval_every",
                   "eval_induction", "checkpoint_every", "device", "dtype", "compile", "fsdp",
                   "recompute", "timeout", "wandb_project"}

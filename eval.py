@@ -67,7 +67,10 @@ def main():
         nats = -sum(logprob for logprob, _ in score(model, pairs, config.batch_size))
         print_loss("text", nats, len(ids), len(raw))
     else:
-        corpus = Corpus(FOLDER / (config.dataset or checkpoint["config"]["dataset"]))
+        dataset = config.dataset or checkpoint["config"].get("dataset")
+        if not dataset:
+            raise UserError("an imported model has no corpus: pass --text=FILE or --dataset=NAME")
+        corpus = Corpus(FOLDER / dataset)
         if corpus.tokenizer != checkpoint["tokenizer"]:
             raise UserError(f"{corpus.folder} has another tokenizer than {path}")
         T = model.config.block_size

@@ -176,13 +176,12 @@ def exact_induction_head(config: ToyConfig) -> GPT:
     to outweigh the current token, which the residual connection adds.
     """
     model = GPT(GPTConfig(config.length, config.vocab_size, n_layer=1, n_head=1, ffn_size=1,
-                          n_embd=config.width, rope_base=1e30))  # rotates few channels only
+                          n_embd=config.width, shift_init="induction",
+                          rope_base=1e30))  # rotates few channels only
     attn = model.blocks[0].attn
     model.embed.weight.bernoulli_(generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1)
     for linear, scale in ((attn.q, 100), (attn.k, 1), (attn.v, 1), (attn.out, 10)):
         linear.weight.copy_(scale * torch.eye(config.width))
-    attn.shift["k"].weight.copy_(torch.tensor([0.0, 1.0]).view(2, 1, 1))
-    attn.shift["v"].weight.copy_(torch.tensor([1.0, 0.0]).view(2, 1, 1))
     model.blocks[0].mlp.down.weight.zero_()
     return model
 

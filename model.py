@@ -1,8 +1,8 @@
 """A Llama-style GPT with KV-shifting attention (arXiv 2411.19574) in one file.
 
 RMSNorm before each half-block, SwiGLU, rotary positions, grouped-query attention, no biases.
-`KVShift` is the new part: it mixes each key and value with the previous token's, by one learned
-scalar per head, so that a single attention layer can be an induction head.
+`KVShift` is the new part: it mixes each key and value with the previous token's, by learned scalars
+of each head, so that a single attention layer can be an induction head.
 
 Shape comments: B sequences, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = C / H = head_dim,
 V = vocab_size.
@@ -31,7 +31,7 @@ class GPTConfig:
     tie_embeddings: bool = True  # the output head shares the matrix of the token embedding
     kv_shift: Literal["none", "kv", "k", "v", "qkv"] = "kv"  # projections to shift; kv: the paper's
     shift_window: int = 2  # tokens in a mix, the current one included; 2: the paper's
-    shift_at: Literal["attention", "block", "embedding"] = "attention"  # others: kv_shift=none
+    shift_at: Literal["attention", "block", "embedding"] = "attention"  # others need kv_shift=none
     shift_weights: Literal["free", "gate", "clamp", "input"] = "free"  # kind, see class KVShift
     shift_per: Literal["head", "channel"] = "head"  # one set of weights per head | per channel
     shift_init: Literal["uniform", "identity", "induction"] = "uniform"  # see class KVShift
@@ -80,11 +80,12 @@ class KVShift(nn.Module):
 
     per: "head", one set of weights per head, or "channel", one per channel (a short convolution).
     weights: "free" scalars; "clamp" to [0, 1]; "gate", a softmax whose last logit is 0; "input", a
-    gate whose logits also have a linear map of the token's own row, which starts at zero.
+    gate whose logits depend on the token: a linear map of its row, zero at first, is added to them.
     init: "uniform", w_0, ..., w_{window-2} ~ U(0, 1) and the last one makes the sum 1; "identity",
     (1, 0, ..., 0); "previous", (0, 1, 0, ..., 0). For gates, "uniform" draws from the simplex.
 
-    Parameter: weight (window, n_head, 1 or head_dim); without the last row for gates.
+    Parameters: weight (window, n_head, 1 or head_dim), without the last row for gates; "input" also
+    has map (window - 1, n_head, head_dim).
     """
 
     def __init__(self, n_head, head_dim, window=2, per="head", weights="free", init="uniform"):
@@ -343,7 +344,7 @@ class GPT(nn.Module):
         return 6 * (n + c.vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
 
     def new_cache(self, batch_size: int, max_length: int | None = None) -> Cache:
-        """An empty cache for up to max_length tokens (None, and at most: block_size)."""
+        """An empty cache for max_length tokens, at most block_size (None: block_size)."""
         block_size = self.config.block_size
         return Cache(self, batch_size, min(max_length or block_size, block_size))
 
@@ -353,9 +354,9 @@ class GPT(nn.Module):
         """Yields the next token ids (B,) after idx (B, T), up to max_new_tokens times.
 
         temperature, top_k, top_p: see `sample`. stop_token: a sequence that has produced it repeats
-        it, and generation ends when all sequences have.
+        it, and generation ends when all have produced it.
         The model reads the last block_size tokens. When the cache is full, the newest half of it is
-        read again as a new text, so every token sees at least block_size / 2 tokens.
+        read again as a new text: from then on, each token follows at least block_size // 2 others.
         """
         block_size = self.config.block_size
         text = new = idx[:, -block_size:]

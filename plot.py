@@ -83,7 +83,7 @@ def read_run(folder: Path, x: str) -> dict:
         for line in lines:
             if "val_induction" in line:
                 line["saved"] = line["val_random"] - line["val_induction"]
-        for key in PANELS:  # step 0 has no tokens and no seconds, and no line has "steps"
+        for key in PANELS:  # the step stands for x=steps, and for what step 0 lacks
             if points := [(line.get(x, line["step"]), line[key]) for line in lines if key in line]:
                 one[key] = np.array(points, float).T
     except (ValueError, LookupError, TypeError, AttributeError) as error:

@@ -5,7 +5,8 @@
     torchrun --nproc_per_node=8 train.py config/paper_6.7b.py    # FSDP, the model is sharded
 
 Rerun the same command to resume. The batch, the dropout and the learning rate of a step depend only
-on (seed, step), so a run that was stopped or killed ends with the same weights as one that was not.
+on the options and the step, so a run that was stopped or killed ends with the same weights as one
+that was not.
 """
 
 import importlib.util
@@ -232,10 +233,10 @@ def train(config: TrainConfig) -> int:
     while True:
         stop_signal = agree(signals[0] if signals else 0)
         last = state.step == config.max_steps
-        new = state.step > first_step  # this process has trained a step
-        evaluate_now = (new or not resumed) and (last or state.step % config.eval_every == 0)
-        save_now = new and (last or stop_signal or state.step % config.checkpoint_every == 0)
-        if evaluate_now or save_now or new and state.step % config.log_every == 0:
+        trained = state.step > first_step
+        evaluate_now = (trained or not resumed) and (last or state.step % config.eval_every == 0)
+        save_now = trained and (last or stop_signal or state.step % config.checkpoint_every == 0)
+        if evaluate_now or save_now or trained and state.step % config.log_every == 0:
             line = {"step": state.step}
             if pending:
                 losses, norm = fetch_losses(pending, state.step)  # waits for the device
@@ -250,7 +251,7 @@ def train(config: TrainConfig) -> int:
                     line |= evaluate(fast_model, eval_sets, micro_batch_size)
                 if not all(map(math.isfinite, line.values())):
                     raise diverged(f"val_loss is {line['val_loss']}")
-            improved = evaluate_now and new and line["val_loss"] < state.best
+            improved = evaluate_now and trained and line["val_loss"] < state.best
             if improved or save_now:
                 check_weights(model, state.step)
             if improved:

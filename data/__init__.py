@@ -82,7 +82,7 @@ def read_meta(folder: Path) -> dict:
 
 
 class Corpus:
-    """A prepared corpus. Opening it checks the sizes of the shards, reading from it the ids.
+    """A prepared corpus. Opening it checks the sizes of the shards; reading from it checks the ids.
     tokenizer: the spec of tokenizing.Tokenizer. tokens: {"train": n, "val": n}."""
 
     def __init__(self, folder):

@@ -6,8 +6,8 @@
 
 Each run is a call of train.py. A finished run adds one line to results/<experiment>.jsonl and is
 not trained again: rerun the same command to resume. The learning rate of a kind of model is the one
-with the lowest mean loss in `rates`, whose runs have half the steps, other seeds and other
-validation tokens. Kinds that are not in `rates` get that of KV shift.
+with the lowest mean loss in `rates`, whose runs have half the steps and other validation tokens
+(pass other seeds, such as --seeds=101). Kinds that are not in `rates` get that of KV shift.
 """
 
 import json

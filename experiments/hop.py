@@ -97,7 +97,7 @@ def main():
     figure = Figure(figsize=(3 * len(depths), 3.5), layout="constrained")
     axes = figure.subplots(1, len(depths), sharey=True, squeeze=False)[0]
     for name, values in errors.items():
-        ax = axes[int(name[0]) - 2]
+        ax = axes[models[name].n_layer - 2]
         draw_seeds(ax, name, hops, values)
         ax.set(xlabel="hops", xticks=hops, ylabel="error", ylim=(-0.02, 0.9))
         ax.label_outer()

@@ -6,9 +6,10 @@ r"""iGSM (the paper's Table 7): accuracy on math problems, by their number of op
     python experiments/compare.py --experiment=igsm_long --arms="vanilla, KV shift"
     python experiments/igsm.py out/compare/igsm_long-vanilla-* out/compare/igsm_long-KV-shift-*
 
-Decodes greedily. The problems have solution templates that training has not seen, and up to
-`beyond` operations more than in training. An answer is right if its number is; a solution, if all
-its steps are. Adds a line per run to results/igsm_accuracy.jsonl, and skips runs that have one.
+Decodes greedily. From 6 operations on, the problems have solution templates that training has not
+seen; they have up to `beyond` operations more than in training. An answer is right if its number
+is; a solution, if all its steps are. Adds a line per run to results/igsm_accuracy.jsonl, and skips
+runs that have one.
 """
 
 import random

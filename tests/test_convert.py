@@ -95,20 +95,25 @@ def test_a_model_that_the_other_format_cannot_express_is_refused(
     assert code == 2 and message in err and err.count("\n") == 1
 
 
-def save(folder, config):
+def save(folder, config, tokenizer=None):
     model = randomize(GPT(config), std=0.2)
     folder.mkdir()
-    corpus = convert.SimpleNamespace(tokenizer=None, checksum=None)
+    corpus = convert.SimpleNamespace(tokenizer=tokenizer, checksum=None)
     convert.save_checkpoint(folder / "best.pt", model, None, config, corpus, convert.RunState())
     return model
 
 
-def test_a_model_without_tokenizer_is_one_line_in_sample_py(tmp_path, call):
+def test_what_an_imported_model_lacks_is_one_line(tmp_path, call):
+    import eval as evaluation
     import sample
 
-    save(tmp_path / "run", GPTConfig(vocab_size=5, n_layer=1, n_head=2, n_embd=8))
-    code, out, err = call(sample.main, f"--out_dir={tmp_path / 'run'}")
+    config = GPTConfig(vocab_size=256, n_layer=1, n_head=2, n_embd=8)
+    save(tmp_path / "a", config)
+    code, out, err = call(sample.main, f"--out_dir={tmp_path / 'a'}")
     assert code == 2 and err == "sample.py: the model has no tokenizer\n"
+    save(tmp_path / "b", config, {"kind": "bytes"})
+    code, out, err = call(evaluation.main, tmp_path / "b")
+    assert code == 2 and "no corpus: pass --text=FILE or --dataset=NAME" in err
 
 
 def test_a_hugging_face_tokenizer_gives_its_ids_and_the_bytes_of_any_text():
