@@ -5,9 +5,10 @@
     python experiments/compare.py --train=False       # tables and figures of the finished runs
 
 Each run is a call of train.py. A finished run adds one line to results/<experiment>.jsonl and is
-not trained again: rerun the same command to resume. The learning rate of a kind of model is the one
-with the lowest mean loss in `rates`, whose runs have half the steps and other validation tokens
-(pass other seeds, such as --seeds=101). Kinds that are not in `rates` get that of KV shift.
+not trained again: rerun the same command to resume. All kinds of model have vanilla's best learning
+rate: the one with the lowest mean loss in `rates`, whose runs have half the steps and other
+validation tokens (pass other seeds, such as --seeds=101). --learning_rate sets another one for all
+kinds but vanilla.
 """
 
 import json
@@ -99,6 +100,7 @@ class CompareConfig:
     arms: str = MAIN  # kinds of model of that experiment, separated by commas
     seeds: str = "1 2 3"  # seeds of each kind
     rates: str = "1.5e-3 3e-3 6e-3 1.2e-2"  # learning rates of the experiments called *rates
+    learning_rate: float | None = None  # of all kinds but vanilla; None: that of vanilla
     train: bool = True  # False: tables and figures from the results alone
     times: bool = False  # only measure the step times of these kinds, on an idle machine
     workers: int = 2  # runs at the same time, one CPU core each
@@ -115,7 +117,7 @@ def main():
         if experiment not in EXPERIMENTS or not set(arms) <= set(ARMS):
             raise UserError(f"experiment must be one of {', '.join(EXPERIMENTS)}, and arms some of "
                             f"{', '.join(ARMS)}")
-    results = Results(Path(config.results))
+    results = Results(Path(config.results), config.learning_rate)
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     if config.times:
         return measure_times(results, ["vanilla", *config.arms.split(", ")])
@@ -136,8 +138,8 @@ def main():
 class Results:
     """The lines of results/<experiment>.jsonl, one for each finished run."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, learning_rate: float | None = None):
+        self.folder, self.other_rate = folder, learning_rate
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, experiment: str, record: dict):
@@ -151,9 +153,11 @@ class Results:
     def learning_rate(self, experiment: str, arm: str) -> float:
         if rate := EXPERIMENTS[experiment].get("learning_rate"):
             return rate
+        if self.other_rate and arm != "vanilla":
+            return self.other_rate
         own = f"{experiment.split('_')[0]}_rates"
         runs = self.read(own if own in EXPERIMENTS else "rates")
-        runs = [r for r in runs if r["arm"] == arm] or [r for r in runs if r["arm"] == "KV shift"]
+        runs = [r for r in runs if r["arm"] == "vanilla"]
         if not runs:
             raise UserError("no learning rate yet: run --experiment=rates (or muon_rates) first")
         return min((r["learning_rate"] for r in runs), key=lambda rate: np.mean(
@@ -194,7 +198,9 @@ def train_missing(config: CompareConfig, results: Results, experiment, arms, see
 
 def train_one(config: CompareConfig, experiment: str, arm: str, seed: int, rate: float) -> dict:
     """Trains one model with train.py, returns what its log says."""
-    name = f"{experiment}-{arm}-{seed}" + f"-{rate:g}" * ("rates" in experiment)
+    name = f"{experiment}-{arm}-{seed}"
+    if "rates" in experiment or config.learning_rate:
+        name += f"-{rate:g}"
     out_dir = Path(config.out_dir) / name.replace(" ", "-")
     options = EXPERIMENTS[experiment] | ARMS[arm] | {
         "seed": seed, "learning_rate": rate, "min_lr": rate / 10, "eval_induction": True,
