@@ -141,7 +141,7 @@ def split_documents(f, name, position: int = 0, check_utf8: bool = True):
 
 
 class Job(NamedTuple):
-    size: int  # bytes of input, for the progress
+    size: int  # of the input, such as bytes, for the progress
     read: Callable  # () -> iterable of (split, UTF-8 bytes, whether the document ends there)
 
 
@@ -163,7 +163,7 @@ def write_corpus(folder: Path, spec: dict, options: dict, jobs: list[Job], worke
         done, total = 0, sum(jobs[i].size for i in missing)
         for i in run_jobs(folder, meta["tokenizer"], jobs, missing, workers or os.cpu_count()):
             done += jobs[i].size
-            print(f"part {i} is done: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB", flush=True)
+            print(f"part {i} is done: {done / max(1, total):.0%} of the input", flush=True)
         if "tokens" not in meta:
             size = token_dtype(meta["vocab_size"]).itemsize
             meta["tokens"] = {split: [path.stat().st_size // size for path in paths]
