@@ -171,8 +171,8 @@ def load_resumable(config, corpus) -> dict | None:
 
 
 def load_init(config, corpus) -> dict:
-    """The checkpoint init_from, of a model that differs at most in options without weights, or of a
-    vanilla model to which shift_init=identity adds the shift: it starts with the same logits."""
+    """The checkpoint init_from, of a model that differs at most in block_size, dropout and
+    shift_init, or of a vanilla one to which shift_init=identity adds the shift: its logits stay."""
     if not Path(config.init_from).is_file():
         raise UserError(f"init_from={config.init_from} must be a checkpoint, such as out/x/best.pt "
                         "(to resume a run, rerun its command)")

@@ -90,7 +90,7 @@ def with_defaults(config: ToyConfig, experiment: str) -> ToyConfig:
     return replace(config, experiment=experiment, **values)
 
 
-# --- data: every function is determined by (seed, step) and returns three tensors (B, T):
+# --- data: a batch depends on (seed, step) only and is three tensors (B, T):
 #     idx      the tokens that the model reads
 #     targets  the token to predict after each of them; -1: none
 #     mask     True where the target can be known from the tokens before: evaluated positions
@@ -101,9 +101,9 @@ EVAL_SEED = 2**31  # of the evaluation batch; no model is trained with it
 def induction_batch(config: ToyConfig, seed: int, step: int, size: int):
     """Random tokens such that whenever a token repeats, the token after it repeats too.
 
-    n distinct tokens are drawn. Then the sequence jumps back to a random one of them and continues
-    from there; at the end of the n tokens, it jumps to the same one again. With n = 5 and a jump
-    to position 2:
+    n distinct tokens are drawn. Then the sequence jumps back to a random one of them, except the
+    last, and continues from there; at the end of the n tokens, it jumps to the same one again. With
+    n = 5 and a jump to position 2:
 
         position   0 1 2 3 4 5 6 7 8 9
         token      a b c d e c d e c d

@@ -220,7 +220,7 @@ class Attention(nn.Module):
         k = rotate(rows["k"], cos, sin).transpose(1, 2)  # (B, K, T, D)
         v = rows["v"].transpose(1, 2)  # (B, K, T, D)
 
-        mask = None  # a causal mask, unless a chunk of several tokens follows cached ones
+        mask = None  # is_causal does it, unless a chunk of several tokens follows cached ones
         if cache:
             if cache.length and T > 1:
                 mask = torch.ones(T, cache.length + T, dtype=torch.bool, device=x.device)
@@ -314,10 +314,11 @@ class GPT(nn.Module):
 
     def hidden(self, idx, cache: Cache | None = None):
         """Token ids (B, T) -> the output of the last norm (B, T, C)."""
-        c, start = self.config, cache.length if cache else 0
-        end, max_length = start + idx.size(1), cache.max_length if cache else c.block_size
-        if end > max_length:
-            raise ValueError(f"{end} tokens do not fit: the model or its cache holds {max_length}")
+        c = self.config
+        start, limit = (cache.length, cache.max_length) if cache else (0, c.block_size)
+        end = start + idx.size(1)
+        if end > limit:
+            raise ValueError(f"{end} tokens do not fit: the model or its cache holds {limit}")
         x = self.embed(idx)
         if self.shift:
             x = mix(self.shift, x, cache)

@@ -95,7 +95,7 @@ def read_run(folder: Path, x: str) -> dict:
 
 def group(runs: list[dict]) -> list[tuple[str, str, list[dict]]]:
     """(label, colour, runs) of each group. The first group of a kind of model has its colour."""
-    free = FREE_TO_CHANGE - {"dtype", "init_from"} | {"seed"}
+    free = (FREE_TO_CHANGE - {"dtype"}) | {"seed"}
     groups = {}
     for one in runs:  # a model option that is newer than a run had its default value
         config = asdict(GPTConfig()) | one["config"]

@@ -182,7 +182,7 @@ def train(config: TrainConfig) -> int:
         checkpoint = checkpoint or load_checkpoint(out_dir / "ckpt.pt")
     elif config.init_from:
         checkpoint = load_init(config, corpus)
-    from_rank_0(None)  # all have read init_from, which may be in out_dir
+    agree(0)  # waits until all have read init_from, which may be in out_dir
     if rank == 0 and not resumed:
         move_aside(out_dir, ["ckpt.pt", "best.pt", "log.jsonl", "loss.png"])
 
@@ -413,8 +413,8 @@ def fetch_losses(pending: list, step: int) -> tuple[list[float], float]:
         values /= dist.get_world_size()
     losses, norms = values.T.tolist()
     if not math.isfinite(sum(losses) + sum(norms)):
-        raise diverged(f"a loss or gradient norm in steps {step - len(losses)} to {step} is not "
-                       "finite")
+        raise diverged(f"a loss or gradient norm between steps {step - len(losses)} and {step} is "
+                       "not finite")
     return losses, norms[-1]
 
 

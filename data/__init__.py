@@ -123,9 +123,9 @@ class Corpus:
 
 
 class TrainBatches:
-    """The training batches, a pure function of (seed, step): each epoch covers every window of
-    block_size tokens once, in shuffled order, from a random offset. A run can resume at any step,
-    and any number of processes divides the same sequences among them."""
+    """The training batches, a pure function of (seed, step): each epoch cuts the corpus into
+    adjacent windows, from a random offset, and reads each one once, in shuffled order. A run can
+    resume at any step, and any number of processes divides the same sequences among them."""
 
     def __init__(self, corpus: Corpus, block_size: int, batch_size: int, seed: int):
         check_length(corpus, "train", block_size)

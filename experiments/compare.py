@@ -167,7 +167,7 @@ class Results:
         """arm -> seed -> record, at the learning rate of the arm, in the order of ARMS."""
         found = {}
         for arm in ARMS:
-            for r in self.read(experiment):
+            for r in sorted(self.read(experiment), key=lambda r: r["seed"]):
                 if r["arm"] == arm and r["learning_rate"] == self.learning_rate(experiment, arm):
                     found.setdefault(arm, {})[r["seed"]] = r
         return found
