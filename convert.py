@@ -10,7 +10,6 @@ Imported models are vanilla. --kv_shift=kv adds the shift with the weights of sh
 the logits stay the same, and training can go on from there.
 """
 
-import importlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 from checkpoint import RunState, load_checkpoint, load_model, save_checkpoint
-from config import UserError, parse_with_paths, run
+from config import UserError, need, parse_with_paths, run
 from data import atomic_write
 from model import GPT, GPTConfig
 
@@ -69,13 +68,6 @@ def names(n_layer: int, column: Literal["llama", "gguf"]) -> dict[str, str]:
     rows = [[f"{name}.weight" for name in line.split()] for line in NAMES.split("\n") if line]
     return {row[1 + (column == "gguf")].format(i=i): row[0].format(i=i)
             for row in rows for i in range(n_layer)}
-
-
-def need(package: str):
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise UserError(f"this needs: pip install {package.split('.')[0]}") from None
 
 
 def refuse(reasons: dict[str, bool]):

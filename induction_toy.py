@@ -23,7 +23,7 @@ from checkpoint import choose_device
 from config import parse, run
 from data import atomic_write
 from model import GPT, GPTConfig
-from plot import COLORS, save_figure, table
+from plot import COLORS, new_figure, save_figure, table
 
 import numpy as np
 import torch
@@ -321,12 +321,10 @@ def report(config: ToyConfig, results: dict[str, list]):
 
 def draw_curves(config: ToyConfig, results: dict[str, list], path: Path):
     """Accuracy over steps, in one panel per width."""
-    from matplotlib.figure import Figure  # not pyplot, which may need a display
-
     panels = {}
     for name in results:
         panels.setdefault("".join(name.split(", ")[1:-1]), []).append(name)
-    figure = Figure(figsize=(5 + 2 * len(panels), 4.5), layout="constrained")
+    figure = new_figure(5 + 2 * len(panels), 4.5)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for ax, (width, names) in zip(axes, panels.items(), strict=True):
         steps = np.arange(1 + max(evals[-1]["step"] for name in names for evals in results[name]))

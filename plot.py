@@ -38,7 +38,6 @@ def main():
     if not folders:
         raise UserError("no runs: pass their folders, as in python plot.py out/a out/b")
     folders = [Path(folder) for folder in folders]
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     result = draw_scalars(folders, config.out) if config.scalars else draw_curves(
         folders, config.out, config.x)
     print(f"{result}\n\nfigure: {config.out}")
@@ -46,12 +45,10 @@ def main():
 
 def draw_curves(folders, out, x: str = "steps") -> str:
     """Draws the runs in `folders` into the PNG file `out`; returns a table of them."""
-    from matplotlib.figure import Figure  # not pyplot, which may need a display
-
     runs = [read_run(folder, x) for folder in folders]
     groups = group(runs)
     keys = [key for key in PANELS if any(key in one for one in runs)]
-    figure = Figure(figsize=(max(7, 1 + 4 * len(keys)), 4.5), layout="constrained")
+    figure = new_figure(max(7, 1 + 4 * len(keys)), 4.5)
     for ax, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
         late = []  # values after the steep fall at the start, which would hide the differences
         for label, color, members in groups:
@@ -141,9 +138,7 @@ def mean_and_error(values: list[float], sign="") -> str:
 
 def draw_scalars(folders, out) -> str:
     """Draws alpha and beta of each head into the PNG file `out`; returns the paper's Table 4."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = new_figure(9, 5)
     axes = figure.subplots(1, 2)
     rows = [["the paper's 2.9B model", "50", "17", "9", "52"]]
     for label, color, runs in group([read_scalars(folder) for folder in folders]):
@@ -183,8 +178,16 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
+def new_figure(width: float, height: float):
+    """A matplotlib figure of this size in inches."""
+    from matplotlib.figure import Figure  # not pyplot, which may need a display
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def save_figure(figure, path):
     """Writes a matplotlib figure to a PNG file."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as f:
         figure.savefig(f, format="png", dpi=100)
 

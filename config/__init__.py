@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import importlib
 import inspect
 import os
 import re
@@ -33,6 +34,14 @@ HINTS = {  # options of nanoGPT, and of earlier versions, that have another name
     "eval_interval": "--eval_every=N",
     "dry_run": "python experiments/estimate.py config/x.py",
 }
+
+
+def need(package: str):
+    """Imports a package that is not in requirements.txt."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"this needs: pip install {package.split('.')[0]}") from None
 
 
 def run(main):

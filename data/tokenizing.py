@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from config import UserError
+from config import UserError, need
 from data import Corpus, atomic_write, lock, read_meta, shard_path, token_dtype, write_meta
 
 import numpy as np
@@ -56,12 +56,7 @@ class Tokenizer:
                                 "set TIKTOKEN_CACHE_DIR to a folder that has it") from None
             self.vocab_size, self.end_of_text = self.bpe.n_vocab, self.bpe.eot_token
         elif self.kind == "hf":
-            try:
-                import tokenizers
-            except ImportError:
-                raise UserError("this tokenizer needs: pip install tokenizers") from None
-
-            self.hf = tokenizers.Tokenizer.from_str(spec["json"])
+            self.hf = need("tokenizers").Tokenizer.from_str(spec["json"])
             self.token_bytes = hf_token_bytes(self.hf, '"ByteLevel"' in spec["json"])
             self.vocab_size, self.end_of_text = len(self.token_bytes), spec["end_of_text"]
         else:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import UserError, parse, run
 from experiments.bench import BenchConfig, time_steps
 from model import GPT, GPTConfig
-from plot import COLORS, mean_and_error, save_figure, table
+from plot import COLORS, mean_and_error, new_figure, save_figure, table
 from train import prepare_corpus
 
 import numpy as np
@@ -118,7 +118,6 @@ def main():
             raise UserError(f"experiment must be one of {', '.join(EXPERIMENTS)}, and arms some of "
                             f"{', '.join(ARMS)}")
     results = Results(Path(config.results), config.learning_rate)
-    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     if config.times:
         return measure_times(results, ["vanilla", *config.arms.split(", ")])
     if config.train:
@@ -292,10 +291,8 @@ def cache_bytes(arm: str) -> int:
 
 def draw(results: Results, experiment: str, path: Path):
     """Left: mean differences to the first arm. Right: val loss of the kinds of model in COLORS."""
-    from matplotlib.figure import Figure
-
     arms = results.arms(experiment)
-    figure = Figure(figsize=(11, 1.5 + max(3, 0.3 * len(arms))), layout="constrained")
+    figure = new_figure(11, 1.5 + max(3, 0.3 * len(arms)))
     dots, curves = figure.subplots(1, 2)
     first = next(iter(arms))
     for arm in sorted(arms, key=lambda arm: -np.mean(differences(arms, arm) or [0])):

@@ -15,15 +15,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import parse, run
 from induction_toy import EVAL_SEED, ToyConfig, induction_batch, make_models, train, with_defaults
 from model import GPT, rotary, rotate
-from plot import save_figure, table
+from plot import new_figure, save_figure, table
 
 import torch
 import torch.nn.functional as F
 
 
 def main():
-    from matplotlib.figure import Figure  # not pyplot, which may need a display
-
     config = with_defaults(parse(ToyConfig), "depth")
     torch.manual_seed(1)
     model = GPT(make_models(config)["1 layer, KV shift"])
@@ -37,7 +35,7 @@ def main():
     alpha, beta = (model.blocks[0].attn.shift[name].weight[..., 0].T.tolist() for name in "kv")
 
     rows, n = [], config.n_head
-    figure = Figure(figsize=(2.6 * n, 3.8), layout="constrained")
+    figure = new_figure(2.6 * n, 3.8)
     for h, ax in enumerate(figure.subplots(1, n, sharey=True, squeeze=False)[0]):
         rows.append([str(h + 1), *(f"{w:.2f}" for w in (*alpha[h], *beta[h], scores[h]))])
         ax.imshow(weights[h], cmap="Greys", vmin=0, vmax=1)
@@ -46,10 +44,8 @@ def main():
         ax.label_outer()
     figure.suptitle(f"Attention on {period} tokens that repeat (white 0, black 1)", fontsize=10)
     path = Path(config.out_dir, "heads.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path)
-    print()
-    print(table(["head", "alpha1", "alpha2", "beta1", "beta2", "induction score"], rows))
+    print("\n" + table(["head", "alpha1", "alpha2", "beta1", "beta2", "induction score"], rows))
     print("\nInduction score: mean attention to the positions that follow a copy of the current "
           f"token.\nFigure: {path}")
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import parse, run
 from induction_toy import check_positive, draw_seeds, model_name, train_all
 from model import GPTConfig
-from plot import save_figure, table
+from plot import new_figure, save_figure, table
 
 import numpy as np
 import torch
@@ -83,8 +83,6 @@ def score(config: HopConfig, correct, idx, mask) -> dict:
 
 
 def main():
-    from matplotlib.figure import Figure  # not pyplot, which may need a display
-
     c = parse(HopConfig)
     depths, hops = range(2, c.max_layers + 1), range(1, c.max_hops + 1)
     models = {
@@ -94,7 +92,7 @@ def main():
         for n_layer in depths for kv_shift in ("none", "kv")}
     results = train_all(c, "hop", models, partial(hop_batch, c), partial(score, c))
     errors = {name: [evals[-1]["errors"] for evals in seeds] for name, seeds in results.items()}
-    figure = Figure(figsize=(3 * len(depths), 3.5), layout="constrained")
+    figure = new_figure(3 * len(depths), 3.5)
     axes = figure.subplots(1, len(depths), sharey=True, squeeze=False)[0]
     for name, values in errors.items():
         ax = axes[models[name].n_layer - 2]

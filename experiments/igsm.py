@@ -25,7 +25,7 @@ from data import FOLDER, read_meta
 from data.igsm.prepare import draw_problem, grade, template_split
 from data.tokenizing import Tokenizer
 from experiments.compare import ROOT, Results
-from plot import COLORS, OTHER_COLORS, save_figure, table
+from plot import COLORS, OTHER_COLORS, new_figure, save_figure, table
 
 import numpy as np
 import torch
@@ -94,29 +94,25 @@ def solve(model, tokenizer: Tokenizer, problems: list[str]) -> list[str]:
 
 def report(config: IgsmConfig, records: list[dict]):
     """Prints a table of the mean accuracies, and draws them with a band: lowest to highest."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = new_figure(10, 4)
     axes, rows = figure.subplots(1, 2, sharey=True), []
     ops = sorted({int(n_op) for record in records for n_op in record["accuracy"]})
     for i, kind in enumerate(dict.fromkeys(record["kv_shift"] for record in records)):
         runs = [record for record in records if record["kv_shift"] == kind]
-        values = np.array([[record["accuracy"][str(n)] for n in ops]
-                           for record in runs])  # (runs, operations, 2)
-        for j, (ax, name) in enumerate(zip(axes, ("answers", "solutions"), strict=True)):
-            color = COLORS.get(kind, OTHER_COLORS[i % 4])
-            ax.plot(ops, values[:, :, j].mean(0), color=color, label=f"kv_shift={kind}")
-            ax.fill_between(ops, values[:, :, j].min(0), values[:, :, j].max(0), color=color,
-                            alpha=0.2)
+        color = COLORS.get(kind, OTHER_COLORS[i % 4])
+        values = np.array([[record["accuracy"][str(n)] for n in ops] for record in runs])
+        for ax, name, v in zip(axes, ("answers", "solutions"), np.moveaxis(values, 2, 0),
+                               strict=True):  # v: (runs, operations)
+            ax.plot(ops, v.mean(0), color=color, label=f"kv_shift={kind}")
+            ax.fill_between(ops, v.min(0), v.max(0), color=color, alpha=0.2)
             ax.set(xlabel="operations", ylabel="accuracy", title=name, ylim=(-0.02, 1.02))
-            rows.append([f"kv_shift={kind}, {name}", str(len(runs)),
-                         *(f"{value:.2f}" for value in values[:, :, j].mean(0))])
+            means = [f"{value:.2f}" for value in v.mean(0)]
+            rows.append([f"kv_shift={kind}, {name}", str(len(runs)), *means])
     for ax in axes:
         ax.axvline(records[0]["max_op"] + 0.5, color="gray", linewidth=0.8)
     axes[0].legend()
     figure.suptitle("line: mean of the seeds, band: range; left of the gray line: as in training",
                     fontsize=10)
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, config.out)
     print("\n" + table(["operations", "seeds", *map(str, ops)], rows))
     print(f"\nfigure: {config.out}")

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config import parse, run
-from plot import save_figure, table
+from plot import new_figure, save_figure, table
 
 import numpy as np
 import torch
@@ -33,11 +33,8 @@ class LandscapeConfig:
 
 
 def main():
-    from matplotlib.figure import Figure  # not pyplot, which may need a display
-
     path = Path(parse(LandscapeConfig).out_dir, "landscape.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure, rows = Figure(figsize=(11, 4.5), layout="constrained"), []
+    figure, rows = new_figure(11, 4.5), []
     for ax, T in zip(figure.subplots(1, len(SIZES), sharey=True), SIZES, strict=True):
         draw_loss(ax, T)
         for start in STARTS:

@@ -2,9 +2,12 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+from checkpoint import RunState, save_checkpoint
 from config import run
-from data import lock, write_meta
+from data import Corpus, lock, write_meta
+from data.tokenizing import Tokenizer
 
 import numpy as np
 import pytest
@@ -17,10 +20,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """call(main, *arguments) runs a script's main() in this process, as its command line does.
-    Returns (exit code, stdout, stderr)."""
+    """call(main, *arguments) runs a script's main() in this process, as its command line does. It
+    must end with exit code 0 (or code=...); with error=..., with 2 and one line that contains it.
+    Returns (stdout, stderr)."""
 
-    def call(main, *arguments):
+    def call(main, *arguments, error="", code=0):
         script = sys.modules[main.__module__].__file__
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         locks = []  # a real process holds its lock until it ends
@@ -28,15 +32,18 @@ def call(monkeypatch, capsys):
         handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             run(main)
-            code = 0
+            ended = 0
         except SystemExit as stop:
-            code = stop.code or 0
+            ended = stop.code or 0
         finally:
             for descriptor in locks:
                 os.close(descriptor)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        return code, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        assert ended == (2 if error else code), err
+        assert not error or error in err and err.count("\n") == 1, err
+        return out, err
 
     return call
 
@@ -50,6 +57,20 @@ def randomize(model, std=0.3, seed=0):
     return model
 
 
+def cells(text: str) -> list[list[str]]:
+    """The rows of the Markdown tables in a text: head, dashes, ..."""
+    return [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in text.splitlines() if line.startswith("|")]
+
+
+def save_run(folder: Path, model, config, tokenizer=None) -> Path:
+    """A run folder with the best.pt of a model."""
+    folder.mkdir(exist_ok=True)
+    corpus = SimpleNamespace(tokenizer=tokenizer, checksum="")
+    save_checkpoint(folder / "best.pt", model, None, config, corpus, RunState())
+    return folder
+
+
 def make_text(n_bytes: int, seed=0) -> bytes:
     """Text with something to learn: random keywords of Python."""
     words = [b"def ", b"return ", b"self.", b"import ", b"class ", b"None\n", b"(x, y)", b": "]
@@ -61,14 +82,18 @@ def make_corpus(folder: Path, n_train=6000, n_val=600) -> Path:
     """A small corpus of bytes."""
     folder.mkdir(parents=True)
     text = make_text(n_train + n_val)
-    tokens = {}
     for split, raw in (("train", text[:n_train]), ("val", text[n_train:])):
-        name = f"{split}_0000.bin"
-        np.frombuffer(raw, np.uint8).astype("<u2").tofile(folder / name)
-        tokens[split] = [len(raw)]
+        np.frombuffer(raw, np.uint8).astype("<u2").tofile(folder / f"{split}_0000.bin")
     write_meta(folder, {"options": {}, "tokenizer": {"kind": "bytes"}, "vocab_size": 256,
-                        "tokens": tokens})
+                        "tokens": {"train": [n_train], "val": [n_val]}})
     return folder
+
+
+def texts(folder: Path) -> list[str]:
+    """Train and val of a corpus as text."""
+    corpus = Corpus(folder)
+    return [Tokenizer(corpus.tokenizer).decode(corpus.windows(split, [0], n - 1)[0].tolist())
+            for split, n in corpus.tokens.items()]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from train import TrainConfig
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_corpus
+from conftest import ROOT, cells, make_corpus
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,17 +31,12 @@ class GPT(torch.nn.Embedding):
 FAST = ["--rounds=3", "--seconds=0.01", "--device=cpu", "--compile=False"]
 
 
-def cells(text: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("|").split("|")]
-            for line in text.splitlines() if line.startswith("|")]
-
-
 def test_the_benchmark_measures_both_sizes_beside_nanogpt(call, tmp_path, monkeypatch):
     (tmp_path / "model.py").write_text(NANOGPT)
     small, path = dict(zip(bench.SIZES[0], (1, 2, 16, 8, 65, 2), strict=True)), tmp_path / "a.json"
     monkeypatch.setattr(bench, "SIZES", [small, small | {"block_size": 16}])
-    code, out, err = call(bench.main, *FAST, f"--nanogpt={tmp_path}", f"--json={path}")
-    assert code == 0 and not err and "number of parameters" not in out
+    out, err = call(bench.main, *FAST, f"--nanogpt={tmp_path}", f"--json={path}")
+    assert not err and "number of parameters" not in out
     results, table = json.loads(path.read_text())["results"], cells(out)
     assert [row[0] for row in table[2:]] == list(results) == [
         "eager, float32, 1 layers, width 16, context 8, batch 2 (tokens/s)",
@@ -58,8 +53,8 @@ def test_the_benchmark_measures_both_sizes_beside_nanogpt(call, tmp_path, monkey
 
 def test_options_of_the_size_select_one_model(call):
     size = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=8", "--micro_batch_size=5"]
-    code, out, _ = call(bench.main, *FAST, *size, "--kv_shift=k")
-    assert code == 0 and out.count("eager") == 2 and "context 8, batch 5" in out
+    out, _ = call(bench.main, *FAST, *size, "--kv_shift=k")
+    assert out.count("eager") == 2 and "context 8, batch 5" in out
     assert "time of kv_shift=k / kv_shift=none" in out
 
 
@@ -77,11 +72,10 @@ def test_a_race_compares_times_and_losses_on_the_same_tokens(call, tmp_path, mon
     monkeypatch.setattr(race, "prepare_corpus", lambda name: None)
     monkeypatch.setattr(race, "OURS", f"--dataset={corpus} --block_size=64 --n_layer=1 --n_head=1 "
                         "--n_embd=2 --max_steps=1")
-    code, out, err = call(race.main, f"--nanogpt={nanogpt}", "--seeds=1")
-    assert code == 2 and "must be a clone of nanoGPT with its data/shakespeare_char prepared" in err
+    call(race.main, f"--nanogpt={nanogpt}", "--seeds=1",
+         error="must be a clone of nanoGPT with its data/shakespeare_char prepared")
     (nanogpt / "data/shakespeare_char/val.bin").touch()
-    code, out, err = call(race.main, f"--nanogpt={nanogpt}", "--seeds=1")
-    assert code == 0, err
+    out, _ = call(race.main, f"--nanogpt={nanogpt}", "--seeds=1")
     row = cells(out)[2]
     first = (corpus / "val_0000.bin").read_bytes()[0]
     assert row[2] == f"{0.5 + first:.4f}" and float(row[4]) < 6
@@ -92,8 +86,8 @@ def test_scaling_has_a_row_per_shape_and_size_of_corpus(call, tmp_path, monkeypa
     monkeypatch.setattr(scaling, "SHAPES", [(1, 16)])
     monkeypatch.setattr(scaling, "MEGABYTES", [1])
     (tmp_path / "a.txt").write_text("text\n" * 9)
-    code, out, err = call(scaling.main, tmp_path / "a.txt", "--n_embd=16")
-    assert code == 0 and not err
+    out, err = call(scaling.main, tmp_path / "a.txt", "--n_embd=16")
+    assert not err
     rows = cells(out)
     assert [row[:2] for row in (rows[2], *rows[5:])] == [["16", "1"], ["1 MB", "1"], ["1 MB", "2"]]
 
@@ -107,9 +101,7 @@ def test_flops_are_those_that_torch_counts():
 
 
 def estimated(call, *arguments) -> dict[str, list[str]]:
-    code, out, err = call(estimate.main, *arguments)
-    assert code == 0, err
-    return {gpus: row for gpus, *row in cells(out)[2:]}
+    return {gpus: row for gpus, *row in cells(call(estimate.main, *arguments)[0])[2:]}
 
 
 def test_the_estimate_lists_the_numbers_of_gpus_that_training_accepts(call):

