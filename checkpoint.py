@@ -1,4 +1,4 @@
-"""Checkpoints and the log of a run: ckpt.pt, best.pt and log.jsonl in out_dir.
+"""Checkpoints of a run: ckpt.pt and best.pt in out_dir.
 
 A checkpoint is one file that torch.load(..., weights_only=True) reads. It does not depend on the
 number of processes, nor on how they share the model:
@@ -12,7 +12,6 @@ number of processes, nor on how they share the model:
     optimizer  optimizer states by parameter name (ckpt.pt only: best.pt is for sampling)
 """
 
-import json
 import math
 import os
 import zipfile
@@ -25,13 +24,7 @@ from model import GPT, GPTConfig
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as dcp
 
 # A run may be resumed with other values of these options, and of max_steps if its learning rate is
 # constant; any other difference is another run.
@@ -52,14 +45,23 @@ class RunState:
             raise TypeError("wrong types in the run state")
 
 
+def require_finite(finite, what: str):
+    if not finite:
+        raise UserError(f"{what} is not finite; the checkpoints were not changed. Start over "
+                        "(--resume=no) with a lower --learning_rate")
+
+
 def save_checkpoint(path: Path, model, optimizers, config, corpus, state: RunState):
-    """Writes a checkpoint, without optimizer if optimizers is empty. All processes call this."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    """Writes a checkpoint, without optimizer if optimizers is empty. All processes call this. A
+    finite gradient can still give a weight that is not finite: no file is written then."""
+    norm = torch.nn.utils.get_total_norm(model.parameters())
+    require_finite(norm.isfinite(), f"a weight after step {state.step}")
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     checkpoint = {"format": 2, "config": asdict(config), "tokenizer": corpus.tokenizer,
                   "corpus": corpus.checksum, "run": asdict(state),
-                  "model": get_model_state_dict(model, options=options)}
+                  "model": dcp.get_model_state_dict(model, options=options)}
     if optimizers:
-        checkpoint["optimizer"] = get_optimizer_state_dict(model, optimizers, options=options)
+        checkpoint["optimizer"] = dcp.get_optimizer_state_dict(model, optimizers, options=options)
     if not dist.is_initialized() or dist.get_rank() == 0:
         with atomic_write(path) as f:
             try:
@@ -95,19 +97,15 @@ def choose_device(device: str, dtype: str, n_embd: int = 0) -> tuple[torch.devic
     with instructions for it (AVX-512 BF16, AMX) for models that are wide enough to gain: 1.5 to 1.7
     times the speed of training at width 256, but with AMX 0.7 times at 128."""
     if device == "auto":
-        device = ("cuda" if torch.cuda.is_available() else
-                  "mps" if torch.backends.mps.is_available() else "cpu")
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device={device} is not available: {str(error).splitlines()[0]}") from None
     if dtype == "auto":
-        if device.type == "cuda":
-            gains = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            native = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
-            gains = native and n_embd >= 256
+        gains = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
+                 else n_embd >= 256 and torch.cpu.get_capabilities().get("avx512_bf16"))
         dtype = "bfloat16" if gains else "float32"
     return device, getattr(torch, dtype)
 
@@ -137,10 +135,10 @@ def restore(checkpoint: dict, model, optimizers=()):
             for name in states for key, value in states[name].items())
     if not fit:
         raise UserError(f"{checkpoint['path']}: weights or optimizer states do not fit the model")
-    options = StateDictOptions(full_state_dict=True, strict=not adds_shift)
-    set_model_state_dict(model, checkpoint["model"], options=options)
+    options = dcp.StateDictOptions(full_state_dict=True, strict=not adds_shift)
+    dcp.set_model_state_dict(model, checkpoint["model"], options=options)
     if optimizers:
-        set_optimizer_state_dict(model, optimizers, checkpoint["optimizer"], options=options)
+        dcp.set_optimizer_state_dict(model, optimizers, checkpoint["optimizer"], options=options)
 
 
 def load_resumable(config, corpus) -> dict | None:
@@ -155,18 +153,14 @@ def load_resumable(config, corpus) -> dict | None:
     names = {f.name for f in fields(config)} - FREE_TO_CHANGE
     if config.lr_schedule == "constant":
         names.remove("max_steps")
-    if differ := differences(checkpoint, config, corpus, names):
-        raise UserError(f"{path} is of another run: {'; '.join(differ)}. Use those values or "
-                        "another --out_dir, or start over with --resume=no")
+    require_same("run", checkpoint, config, names, corpus, ". Use those values or another "
+                 "--out_dir, or start over with --resume=no")
     try:
-        best = load_checkpoint(path.with_name("best.pt"))
-        own_best = not differences(best, config, corpus, names)
-    except (UserError, OSError):
-        own_best = False
-    if not own_best and checkpoint["run"]["step"] < config.max_steps:
-        # missing, damaged or of another run: the next evaluation writes a new one
-        move_aside(config.out_dir, ["best.pt"])
-        checkpoint["run"]["best"] = math.inf
+        require_same("run", load_checkpoint(path.with_name("best.pt")), config, names, corpus)
+    except (UserError, OSError):  # missing, damaged or of another run
+        if checkpoint["run"]["step"] < config.max_steps:  # the next evaluation writes a new one
+            move_aside(config.out_dir, ["best.pt"])
+            checkpoint["run"]["best"] = math.inf
     return checkpoint
 
 
@@ -181,22 +175,22 @@ def load_init(config, corpus) -> dict:
     if config.shift_init == "identity" and not any("shift." in key for key in checkpoint["model"]):
         checkpoint["adds_shift"] = True
         names = {name for name in names if "shift" not in name}
-    if differ := differences(checkpoint, config, None, names):
-        raise UserError(f"{config.init_from} is of another model: {'; '.join(differ)}")
+    require_same("model", checkpoint, config, names)
     if checkpoint["tokenizer"] != corpus.tokenizer:
         raise UserError(f"{config.init_from} has another tokenizer than the corpus")
     return checkpoint
 
 
-def differences(checkpoint: dict, config, corpus, names: set) -> list[str]:
-    """How a checkpoint differs from config in the options `names`, and from corpus, in words."""
+def require_same(what: str, checkpoint: dict, config, names: set, corpus=None, advice=""):
+    """Compares a checkpoint with the options `names` of config, and with a corpus."""
     defaults = {f.name: f.default for f in fields(config)}  # of options the checkpoint lacks
     saved = defaults | checkpoint["config"]
     differ = [f"{name} was {saved[name]!r}, is {value!r}" for name, value in asdict(config).items()
               if name in names and saved[name] != value]
     if not differ and corpus and checkpoint["corpus"] != corpus.checksum:
         differ = ["the corpus has changed"]
-    return differ
+    if differ:
+        raise UserError(f"{checkpoint['path']} is of another {what}: {'; '.join(differ)}{advice}")
 
 
 def move_aside(out_dir, names: list[str]):
@@ -211,20 +205,3 @@ def move_aside(out_dir, names: list[str]):
             path.rename(aside / path.name)
         moved = ", ".join(path.name for path in paths)
         print(f"moved {moved} to {aside}")
-
-
-def start_log(path: Path, header: dict):
-    """Keeps the lines of a log up to the step of the header, then adds the header."""
-    kept, damaged = [], False
-    lines = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
-    for i, line in enumerate(lines):
-        try:
-            if json.loads(line)["step"] <= header["step"]:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            if i < len(lines) - 1:  # a killed run may leave half a line at the end
-                damaged = True
-    if damaged:
-        move_aside(path.parent, [path.name])
-    with atomic_write(path) as f:
-        f.write("".join(f"{line}\n" for line in [*kept, json.dumps(header)]).encode())

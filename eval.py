@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from checkpoint import choose_device, load_checkpoint, load_model
-from config import UserError, parse_with_paths, run
+from config import UserError, need, parse_with_paths, run
 from data import FOLDER, Corpus, val_starts
 from data.tokenizing import Tokenizer
 from model import GPT
@@ -212,13 +212,11 @@ def print_scores(model: GPT, tokenizer: Tokenizer, config: EvalConfig):
 
 def run_harness(model: GPT, tokenizer: Tokenizer, config: EvalConfig) -> str:
     """Runs tasks of lm-evaluation-harness; returns its table."""
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.api.model import TemplateLM
-        from lm_eval.tasks import TaskManager
-        from lm_eval.utils import make_table
-    except ImportError:
-        raise UserError("--tasks needs the harness: pip install lm-eval") from None
+    need("lm_eval")
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
 
     class Harness(TemplateLM):
         eot_token_id = tokenizer.start  # the context of an empty prompt

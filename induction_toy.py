@@ -144,26 +144,24 @@ def ngram_batch(config: ToyConfig, seed: int, step: int, size: int):
 
 def make_models(c: ToyConfig) -> dict[str, GPTConfig]:
     """The models that an experiment compares, by name."""
+    sizes = (2, 20) if c.experiment == "ngram" else (c.length, c.vocab_size)
+    new = partial(GPTConfig, *sizes, tie_embeddings=False)
     if c.experiment == "depth":
-        shapes = [(kv_shift, n_layer, c.n_head, c.width, None) for kv_shift, n_layer in
-                  (("kv", 1), ("none", 1), ("none", 2), ("none", 4))]
+        models = [new(n_layer, c.n_head, n_embd=c.width, kv_shift=kv_shift)
+                  for kv_shift, n_layer in (("kv", 1), ("none", 1), ("none", 2), ("none", 4))]
     elif c.experiment == "width":  # with the same MLP at every width, or it is what fails first
-        shapes = [(kv_shift, n_layer, 1, width, 256) for width in (8, 16, 32)
-                  for kv_shift, n_layer in (("kv", 1), ("none", 2))]
+        models = [new(n_layer, 1, n_embd=width, ffn_size=256, kv_shift=kv_shift)
+                  for width in (8, 16, 32) for kv_shift, n_layer in (("kv", 1), ("none", 2))]
     else:
-        shapes = [(kv_shift, n_layer, n_head, width, None) for n_layer, n_head, width in
-                  ((1, 1, 8), (2, 4, 64), (4, 4, 128)) for kv_shift in ("kv", "none")]
-    block_size, vocab_size = (2, 20) if c.experiment == "ngram" else (c.length, c.vocab_size)
-    return {
-        model_name(kv_shift, n_layer, "" if c.experiment == "depth" else f"width {width}, "):
-        GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd=width, ffn_size=ffn_size,
-                  tie_embeddings=False, kv_shift=kv_shift)
-        for kv_shift, n_layer, n_head, width, ffn_size in shapes}
+        models = [new(n_layer, n_head, n_embd=width, kv_shift=kv_shift) for n_layer, n_head, width
+                  in ((1, 1, 8), (2, 4, 64), (4, 4, 128)) for kv_shift in ("kv", "none")]
+    return {model_name(model, with_width=c.experiment != "depth"): model for model in models}
 
 
-def model_name(kv_shift: str, n_layer: int, width="") -> str:
-    layers = "1 layer" if n_layer == 1 else f"{n_layer} layers"
-    return f"{layers}, {width}{'KV shift' if kv_shift == 'kv' else 'vanilla'}"
+def model_name(c: GPTConfig, with_width=False) -> str:
+    layers = "1 layer" if c.n_layer == 1 else f"{c.n_layer} layers"
+    width = f"width {c.n_embd}, " if with_width else ""
+    return f"{layers}, {width}{'KV shift' if c.kv_shift == 'kv' else 'vanilla'}"
 
 
 @torch.no_grad()

@@ -90,9 +90,8 @@ class KVShift(nn.Module):
 
     def __init__(self, n_head, head_dim, window=2, per="head", weights="free", init="uniform"):
         super().__init__()
-        assert per in ("head", "channel") and weights in ("free", "clamp", "gate", "input")
-        if init != "uniform":
-            assert init in ("identity", "previous") and weights in ("free", "clamp")
+        assert per in ("head", "channel") and init in ("uniform", "identity", "previous")
+        assert weights in ("free", "clamp") or weights in ("gate", "input") and init == "uniform"
         self.n_head, self.head_dim, self.window = n_head, head_dim, window
         self.kind, self.init = weights, init
         rows = window - 1 if weights in ("gate", "input") else window
@@ -147,8 +146,11 @@ def make_shift(c: GPTConfig, n_head: int, name: str = "") -> KVShift:
 
 def mix(shift: KVShift, x, cache=None):
     """shift(x) for x (B, T, n_head, head_dim) or (B, T, n_head * head_dim), after cached rows."""
-    rows = x.view(*x.shape[:2], shift.n_head, shift.head_dim)
-    return (cache.shift(shift, rows) if cache else shift(rows)).view_as(x)
+    rows, past = x.view(*x.shape[:2], shift.n_head, shift.head_dim), None
+    if cache:
+        past = cache.past[shift]
+        cache.past[shift] = torch.cat([past, rows], dim=1)[:, -past.size(1) :]
+    return shift(rows, past).view_as(x)
 
 
 class Cache:
@@ -169,12 +171,6 @@ class Cache:
             if isinstance(module, KVShift):
                 shape = (batch_size, module.window - 1, module.n_head, module.head_dim)
                 self.past[module] = new_zeros(shape)
-
-    def shift(self, module, x):
-        """module(x) with the rows that precede x."""
-        past = self.past[module]
-        self.past[module] = torch.cat([past, x], dim=1)[:, -past.size(1) :]
-        return module(x, past)
 
     def append(self, module, k, v):
         """Adds k and v (B, K, T, D); returns the keys and values of all tokens so far."""
@@ -222,10 +218,9 @@ class Attention(nn.Module):
 
         mask = None  # is_causal does it, unless a chunk of several tokens follows cached ones
         if cache:
-            if cache.length and T > 1:
-                mask = torch.ones(T, cache.length + T, dtype=torch.bool, device=x.device)
-                mask = mask.tril(cache.length)
             k, v = cache.append(self, k, v)
+            if 1 < T < k.size(2):
+                mask = x.new_ones(T, k.size(2), dtype=torch.bool).tril(cache.length)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
             dropout_p=self.dropout if self.training else 0.0,
@@ -271,16 +266,15 @@ class GPT(nn.Module):
         if config.vocab_size is None:
             raise ValueError("vocab_size is not set")
         self.config = c = config
-        rng_state = torch.get_rng_state()
-        self.embed = nn.Embedding(c.vocab_size, c.n_embd)
-        self.shift = make_shift(c, c.n_head) if c.shift_at == "embedding" else None
-        self.dropout = nn.Dropout(c.dropout)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
-        if not c.tie_embeddings:
-            self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        with torch.random.fork_rng(devices=[]):  # undoes the draws of the constructors
+            self.embed = nn.Embedding(c.vocab_size, c.n_embd)
+            self.shift = make_shift(c, c.n_head) if c.shift_at == "embedding" else None
+            self.dropout = nn.Dropout(c.dropout)
+            self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+            self.norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
+            if not c.tie_embeddings:
+                self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         self.loss_options = None  # LinearCrossEntropyOptions(): never stores all logits
-        torch.set_rng_state(rng_state)  # undoes the draws of the constructors, shifts included
         self.init_weights()
 
     @torch.no_grad()

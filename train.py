@@ -9,7 +9,6 @@ on the options and the step, so a run that was stopped or killed ends with the s
 that was not.
 """
 
-import importlib.util
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 from checkpoint import (
     RunState,
@@ -32,12 +32,12 @@ from checkpoint import (
     load_init,
     load_resumable,
     move_aside,
+    require_finite,
     restore,
     save_checkpoint,
-    start_log,
 )
-from config import UserError, parse, run
-from data import FOLDER, Corpus, TrainBatches, lock
+from config import UserError, need, parse, run
+from data import FOLDER, Corpus, TrainBatches, atomic_write, lock, read_meta
 from data.tokenizing import Tokenizer
 from eval import evaluate, evaluation_sets
 from model import GPT, GPTConfig
@@ -49,7 +49,6 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 
@@ -144,8 +143,8 @@ def train(config: TrainConfig) -> int:
     if rest or n_micro_batches < 1:
         raise UserError(f"batch_size={config.batch_size} must be a multiple of micro_batch_size="
                         f"{micro_batch_size} times {world_size} processes")
-    if config.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise UserError("wandb_project needs Weights & Biases: pip install wandb")
+    if config.wandb_project:
+        need("wandb")
     if distributed:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
@@ -155,7 +154,7 @@ def train(config: TrainConfig) -> int:
     # --- data
     if rank == 0:
         prepare_corpus(config.dataset)
-    from_rank_0(None)  # waits for the corpus
+    from_all(None)  # waits for the corpus
     corpus = Corpus(FOLDER / config.dataset)
     config.vocab_size = config.vocab_size or corpus.vocab_size
     if config.vocab_size < corpus.vocab_size:
@@ -171,7 +170,7 @@ def train(config: TrainConfig) -> int:
         out_dir.mkdir(parents=True, exist_ok=True)
         lock(out_dir)  # until this process ends: a second run in out_dir is refused
         checkpoint = load_resumable(config, corpus)
-    resumed = from_rank_0(checkpoint and checkpoint["run"])
+    resumed = from_all(checkpoint and checkpoint["run"])[0]
     state = RunState(**(resumed or {}))
     if state.step >= config.max_steps:
         if rank == 0:
@@ -182,7 +181,7 @@ def train(config: TrainConfig) -> int:
         checkpoint = checkpoint or load_checkpoint(out_dir / "ckpt.pt")
     elif config.init_from:
         checkpoint = load_init(config, corpus)
-    agree(0)  # waits until all have read init_from, which may be in out_dir
+    from_all(None)  # waits until all have read init_from, which may be in out_dir
     if rank == 0 and not resumed:
         move_aside(out_dir, ["ckpt.pt", "best.pt", "log.jsonl", "loss.png"])
 
@@ -201,11 +200,11 @@ def train(config: TrainConfig) -> int:
             block.forward = partial(activation_checkpoint, block.forward, use_reentrant=False)
     if config.recompute:
         model.loss_options = torch.nn.LinearCrossEntropyOptions()  # never stores all logits
-    # model: for checkpoints and samples; fast_model: compiled; train_model: with DDP, too
-    fast_model = torch.compile(model) if compiled and not config.fsdp else model
-    train_model = fast_model
+    if compiled and not config.fsdp:
+        model.compile()
+    train_model = model
     if distributed and not config.fsdp:
-        train_model = DistributedDataParallel(fast_model, gradient_as_bucket_view=True)
+        train_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     # --- log
     n_parameters = sum(p.numel() for p in model.parameters())
@@ -225,50 +224,22 @@ def train(config: TrainConfig) -> int:
               f"{corpus.tokens['train'] / 1e6:,.1f}M tokens; output in {out_dir}", flush=True)
 
     # --- training loop
-    signals = catch_signals()
+    signals, stop_signal = catch_signals(), 0
+    if not resumed:
+        with autocast():
+            line = {"step": 0} | evaluate(model, eval_sets, micro_batch_size)
+        require_finite(all(map(math.isfinite, line.values())), "val_loss")
+        if rank == 0:
+            log.write(line)
     pending = []  # (loss, gradient norm) of the steps since the last line of the log, on the device
-    first_step, tokens_per_step = state.step, config.batch_size * config.block_size
+    tokens_per_step = config.batch_size * config.block_size
     clock = time.perf_counter()
-    batch = batches(state.step, rank, world_size)
-    while True:
-        stop_signal = agree(signals[0] if signals else 0)
-        last = state.step == config.max_steps
-        trained = state.step > first_step
-        evaluate_now = (trained or not resumed) and (last or state.step % config.eval_every == 0)
-        save_now = trained and (last or stop_signal or state.step % config.checkpoint_every == 0)
-        if evaluate_now or save_now or trained and state.step % config.log_every == 0:
-            line = {"step": state.step}
-            if pending:
-                losses, norm = fetch_losses(pending, state.step)  # waits for the device
-                seconds = time.perf_counter() - clock
-                state.seconds += seconds
-                line |= {"loss": sum(losses) / len(losses), "grad_norm": norm,
-                         "lr": learning_rate(state.step - 1, config),
-                         "tokens": state.step * tokens_per_step, "seconds": round(state.seconds, 3),
-                         "tokens_per_s": round(len(losses) * tokens_per_step / seconds)}
-            if evaluate_now:
-                with autocast():
-                    line |= evaluate(fast_model, eval_sets, micro_batch_size)
-                if not all(map(math.isfinite, line.values())):
-                    raise diverged(f"val_loss is {line['val_loss']}")
-            improved = evaluate_now and trained and line["val_loss"] < state.best
-            if improved or save_now:
-                check_weights(model, state.step)
-            if improved:
-                state.best, state.best_step = line["val_loss"], state.step
-                save_checkpoint(out_dir / "best.pt", model, None, config, corpus, state)
-            if rank == 0:
-                log.write(line)
-            if save_now:
-                save_checkpoint(out_dir / "ckpt.pt", model, optimizers, config, corpus, state)
-            clock = time.perf_counter()
-        if last or stop_signal:
-            break
-
+    while state.step < config.max_steps and not stop_signal:
         # one optimizer step
         torch.manual_seed(hash((config.seed, state.step, rank)))  # for dropout
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(state.step, config)
+        batch = batches(state.step, rank, world_size)  # while a GPU computes the step before
         loss = torch.zeros((), device=device)
         for i, tokens in enumerate(torch.from_numpy(batch).split(micro_batch_size)):
             if isinstance(train_model, DistributedDataParallel):  # exchange gradients only once
@@ -286,12 +257,41 @@ def train(config: TrainConfig) -> int:
         model.zero_grad(set_to_none=True)
         pending.append(torch.stack([loss, norm.full_tensor() if config.fsdp else norm]))
         state.step += 1
-        if state.step < config.max_steps:
-            batch = batches(state.step, rank, world_size)  # while a GPU is still computing
+
+        # log, evaluate, save
+        stop_signal = max(from_all(signals[0] if signals else 0))
+        last = state.step == config.max_steps
+        evaluate_now = last or state.step % config.eval_every == 0
+        save_now = last or stop_signal or state.step % config.checkpoint_every == 0
+        if not (evaluate_now or save_now or state.step % config.log_every == 0):
+            continue
+        # means over the processes; waits for the device
+        losses, norms = np.mean(from_all(torch.stack(pending).tolist()), axis=0).T.tolist()
+        pending.clear()
+        require_finite(math.isfinite(sum(losses) + sum(norms)), "a loss or gradient norm between "
+                       f"steps {state.step - len(losses)} and {state.step}")
+        seconds = time.perf_counter() - clock
+        state.seconds += seconds
+        line = {"step": state.step, "loss": sum(losses) / len(losses), "grad_norm": norms[-1],
+                "lr": learning_rate(state.step - 1, config), "tokens": state.step * tokens_per_step,
+                "seconds": round(state.seconds, 3),
+                "tokens_per_s": round(len(losses) * tokens_per_step / seconds)}
+        if evaluate_now:
+            with autocast():
+                line |= evaluate(model, eval_sets, micro_batch_size)
+            require_finite(all(map(math.isfinite, line.values())), "val_loss")
+            if line["val_loss"] < state.best:
+                state.best, state.best_step = line["val_loss"], state.step
+                save_checkpoint(out_dir / "best.pt", model, None, config, corpus, state)
+        if rank == 0:
+            log.write(line)
+        if save_now:
+            save_checkpoint(out_dir / "ckpt.pt", model, optimizers, config, corpus, state)
+        clock = time.perf_counter()
 
     if rank == 0:
         log.close()
-    if not last:
+    if state.step < config.max_steps:
         if rank == 0:
             name = signal.Signals(stop_signal).name
             print(f"stopped by {name} after step {state.step}: rerun the same command to resume")
@@ -308,32 +308,22 @@ def train(config: TrainConfig) -> int:
     return 0
 
 
-def from_rank_0(value):
-    """The value of process 0, in all processes."""
+def from_all(value) -> list:
+    """The values of all processes, in all of them: waits for the last one, but for no GPU."""
     values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def agree(signal_number: int) -> int:
-    """The signal number that any of the processes has received, 0 for none."""
-    number = torch.tensor(signal_number)
-    if dist.is_initialized():
-        dist.all_reduce(number, dist.ReduceOp.MAX)  # on the CPU, while a GPU computes
-    return number.item()
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
 
 
 def prepare_corpus(dataset: str):
     """Prepares the two small corpora unless they are complete."""
-    if dataset in ("pystdlib", "shakespeare_char"):
-        folder = FOLDER / dataset
-        try:
-            Corpus(folder)
-        except UserError:
-            print(f"preparing {folder}", flush=True)
-            if subprocess.run([sys.executable, folder / "prepare.py"]).returncode:
-                raise UserError(f"could not prepare {folder}") from None
+    folder = FOLDER / dataset
+    if dataset in ("pystdlib", "shakespeare_char") and "tokens" not in read_meta(folder):
+        print(f"preparing {folder}", flush=True)
+        if subprocess.run([sys.executable, folder / "prepare.py"]).returncode:
+            raise UserError(f"could not prepare {folder}")
 
 
 def sharded_model(config, device, dtype) -> GPT:
@@ -377,19 +367,12 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
     return optimizers
 
 
-class KeepFloat32(TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.bfloat16:
-            return args[0].clone()
-        return function(*args, **(kwargs or {}))
-
-
 class CPUMuon(torch.optim.Muon):
     """Muon in float32. torch's Muon multiplies matrices in bfloat16, which takes 18 times as long
     on a CPU without instructions for it."""
 
     def step(self, closure=None):
-        with KeepFloat32():
+        with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
             return super().step(closure)
 
 
@@ -401,32 +384,6 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     factor = {"constant": 1.0, "linear": 1.0 - progress,
               "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[config.lr_schedule]
     return config.min_lr + factor * (config.learning_rate - config.min_lr)
-
-
-def fetch_losses(pending: list, step: int) -> tuple[list[float], float]:
-    """Empties pending: the losses of the steps before `step`, averaged over the processes, and the
-    last gradient norm. A value that is not finite is a UserError."""
-    values = torch.stack(pending)  # (steps, 2)
-    pending.clear()
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    losses, norms = values.T.tolist()
-    if not math.isfinite(sum(losses) + sum(norms)):
-        raise diverged(f"a loss or gradient norm between steps {step - len(losses)} and {step} is "
-                       "not finite")
-    return losses, norms[-1]
-
-
-def check_weights(model: GPT, step: int):
-    """A finite gradient can still give a weight that is not finite."""
-    if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
-        raise diverged(f"a weight after step {step} is not finite")
-
-
-def diverged(what: str) -> UserError:
-    return UserError(f"{what}; the checkpoints were not changed. Start over (--resume=no) with a "
-                     "lower --learning_rate")
 
 
 def catch_signals() -> list[int]:
@@ -445,16 +402,25 @@ def catch_signals() -> list[int]:
 
 
 class Log:
-    """Writes lines to log.jsonl, to the console and, if asked for, to Weights & Biases."""
+    """Writes lines to log.jsonl, to the console and, if asked for, to Weights & Biases. Keeps the
+    lines of a file up to the step of the header, then adds the header."""
 
     def __init__(self, path: Path, config: TrainConfig, header: dict):
-        start_log(path, header)
-        self.file, self.max_steps, self.wandb = open(path, "a"), config.max_steps, None
-        if config.wandb_project:
-            import wandb
-
-            self.wandb = wandb.init(project=config.wandb_project, name=str(path.parent),
-                                    config=header["config"])
+        text = path.read_text(errors="replace") if path.exists() else ""
+        kept, damaged = [], False
+        for line in text[: text.rfind("\n") + 1].splitlines():  # a killed run may leave half a line
+            try:
+                if json.loads(line)["step"] <= header["step"]:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                damaged = True
+        if damaged:
+            move_aside(path.parent, [path.name])
+        with atomic_write(path) as f:
+            f.write("".join(f"{line}\n" for line in [*kept, json.dumps(header)]).encode())
+        self.file, self.max_steps = open(path, "a"), config.max_steps
+        self.wandb = config.wandb_project and need("wandb").init(
+            project=config.wandb_project, name=str(path.parent), config=header["config"])
 
     def write(self, line: dict):
         parts = [f"step {line['step']:>{len(str(self.max_steps))}}/{self.max_steps}"]

@@ -85,11 +85,10 @@ def score(config: HopConfig, correct, idx, mask) -> dict:
 def main():
     c = parse(HopConfig)
     depths, hops = range(2, c.max_layers + 1), range(1, c.max_hops + 1)
-    models = {
-        model_name(kv_shift, n_layer):
-        GPTConfig(c.length + 1, c.letters + 1 + c.max_hops, n_layer, c.n_head, n_embd=c.width,
-                  tie_embeddings=False, kv_shift=kv_shift)
-        for n_layer in depths for kv_shift in ("none", "kv")}
+    models = [GPTConfig(c.length + 1, c.letters + 1 + c.max_hops, n_layer, c.n_head, n_embd=c.width,
+                        tie_embeddings=False, kv_shift=kv_shift)
+              for n_layer in depths for kv_shift in ("none", "kv")]
+    models = {model_name(model): model for model in models}
     results = train_all(c, "hop", models, partial(hop_batch, c), partial(score, c))
     errors = {name: [evals[-1]["errors"] for evals in seeds] for name, seeds in results.items()}
     figure = new_figure(3 * len(depths), 3.5)
