@@ -57,15 +57,15 @@ def test_the_table_states_paired_differences_and_their_standard_error(results):
     losses = {"vanilla": [1.30, 1.32, 1.31], "KV shift": [1.20, 1.24, 1.25]}
     for arm, values in losses.items():
         results.add("rates", record(arm, 101, 1.0))
-        for seed, loss in enumerate(values):
-            results.add("python", record(arm, seed, loss))
+        for seed in (2, 0, 1):  # the table has them in order
+            results.add("python", record(arm, seed, values[seed], saved=(0.0, 0.2 + seed / 10)))
         results.add("python", record(arm, 9, 9.0, rate=1e-3))  # at a rate that was not chosen
     results.add("step_times", {"arm": "KV shift", "ratio": 1.25})
     row = cells(compare.make_table(results, "python"))[3]
     d = np.subtract(losses["KV shift"], losses["vanilla"])
     assert row[:3] == ["KV shift", "3", "0.003"]
     assert row[4] == f"{d.mean():+.4f} ± {d.std(ddof=1) / 3**0.5:.4f}"
-    assert row[5:7] == ["0.20 0.20 0.20", "20 20 20"]
+    assert row[5:7] == ["0.20 0.30 0.40", "20 20 20"]
     assert row[7] == f"{np.mean(losses['KV shift']) + 0.2 * 4 / 10:.4f}"  # at step 20 / 1.25 = 16
     assert row[8:11] == ["1.250", "32", "1024"]  # a key and a value of 4 heads in float32
 
