@@ -224,6 +224,7 @@ def train_one(config: CompareConfig, experiment: str, arm: str, seed: int, rate:
 
 def measure_times(results: Results, arms: list[str]):
     """Adds a line per arm: the time of a compiled step, divided by vanilla's in the same round."""
+    torch._dynamo.config.recompile_limit = 64  # beyond its 8 kinds, models would run uncompiled
     config = BenchConfig(**MODEL, vocab_size=256, block_size=256, batch_size=8)
     kinds = {arm: GPT(GPTConfig(**MODEL, vocab_size=256, block_size=256, **ARMS[arm]))
              for arm in arms}
