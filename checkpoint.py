@@ -182,7 +182,7 @@ def load_init(config, corpus) -> dict:
 
 
 def require_same(what: str, checkpoint: dict, config, names: set, corpus=None, advice=""):
-    """Compares a checkpoint with the options `names` of config, and with a corpus."""
+    """A UserError if a checkpoint differs from config in the options `names`, or from corpus."""
     defaults = {f.name: f.default for f in fields(config)}  # of options the checkpoint lacks
     saved = defaults | checkpoint["config"]
     differ = [f"{name} was {saved[name]!r}, is {value!r}" for name, value in asdict(config).items()
