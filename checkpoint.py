@@ -126,15 +126,17 @@ def restore(checkpoint: dict, model, optimizers=()):
     adds_shift = checkpoint.get("adds_shift", False)  # its weights are those of identity
     shapes = {name: p.shape for name, p in model.named_parameters()
               if not (adds_shift and "shift." in name)}
-    fit = shapes == {name: weight.shape for name, weight in checkpoint["model"].items()}
+    saved = {name: weight.shape for name, weight in checkpoint["model"].items()}
+    differ = {name for name, _ in shapes.items() ^ saved.items()}
     if optimizers:  # torch crashes on an optimizer state of another shape
         states = checkpoint.get("optimizer", {}).get("state", {})
         learned = {name for name, p in model.named_parameters() if p.requires_grad}
-        fit &= learned == states.keys() and all(
-            value.shape == (() if key == "step" else shapes[name])
-            for name in states for key, value in states[name].items())
-    if not fit:
-        raise UserError(f"{checkpoint['path']}: weights or optimizer states do not fit the model")
+        differ |= learned ^ states.keys() | {
+            name for name in learned & states.keys() for key, value in states[name].items()
+            if value.shape != (() if key == "step" else shapes[name])}
+    if differ:
+        raise UserError(f"{checkpoint['path']}: weights or optimizer states do not fit the model: "
+                        f"{', '.join(sorted(differ)[:3])}")
     options = dcp.StateDictOptions(full_state_dict=True, strict=not adds_shift)
     dcp.set_model_state_dict(model, checkpoint["model"], options=options)
     if optimizers:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from checkpoint import RunState, load_checkpoint, load_model, save_checkpoint
+from checkpoint import RunState, load_checkpoint, load_model, restore, save_checkpoint
 from config import UserError, need, parse_with_paths, run
 from data import atomic_write
 from model import GPT, GPTConfig
@@ -83,11 +83,7 @@ def save_run(out_dir: Path, options: dict, weights: dict, tokenizer: dict | None
     a preset for train.py that starts from it."""
     config = GPTConfig(**options, kv_shift=kv_shift, shift_init="identity")
     model = GPT(config)
-    expected = {name: p.shape for name, p in model.named_parameters() if "shift." not in name}
-    if expected != {name: weight.shape for name, weight in weights.items()}:
-        differ = sorted(expected.keys() ^ weights.keys()) or ["a shape"]
-        raise UserError(f"the weights do not fit the configuration: {', '.join(differ[:3])}")
-    model.load_state_dict(weights, strict=False)
+    restore({"model": weights, "adds_shift": True, "path": "the input"}, model)
     out_dir.mkdir(parents=True, exist_ok=True)
     corpus = SimpleNamespace(tokenizer=tokenizer, checksum=None)
     save_checkpoint(out_dir / "best.pt", model, None, config, corpus, RunState())

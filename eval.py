@@ -17,7 +17,7 @@ from typing import Literal
 
 from checkpoint import choose_device, load_checkpoint, load_model
 from config import UserError, need, parse_with_paths, run
-from data import FOLDER, Corpus, val_starts
+from data import FOLDER, Corpus, check_length
 from data.tokenizing import Tokenizer
 from model import GPT
 
@@ -102,7 +102,10 @@ def evaluation_sets(corpus: Corpus, block_size: int, tokens: int, start: int, in
     the first ones as targets, val_induction the repetition, which an induction head predicts.
     """
     T = block_size
-    windows = corpus.windows("val", val_starts(corpus, T, tokens, start), T)
+    check_length(corpus, "val", T + start)
+    n = (corpus.tokens["val"] - start - 1) // T
+    n = max(1, min(n, tokens // T)) if tokens else n
+    windows = corpus.windows("val", start + T * np.arange(n), T)
     sets = {"val_loss": (windows[:, :-1], windows[:, 1:])}
     if induction:  # ids that occur in the windows, without a separator
         once = np.random.RandomState(0).choice(np.unique(windows), (64, T // 2))
@@ -156,7 +159,7 @@ def score(model: GPT, pairs, batch_size: int) -> list[tuple[float, bool]]:
             n = min(len(pairs[i][1]), len(rows[i]) - 1)
             end = len(rows[i]) - 1
             logprobs = model.logits(x[end - n : end]).float().log_softmax(dim=-1).cpu()  # (n, V)
-            targets = rows[i][-n:]
+            targets = rows[i][end + 1 - n :]
             scores[i] = (logprobs.gather(1, targets[:, None]).sum().item(),
                          torch.equal(logprobs.argmax(dim=-1), targets))
     return scores

@@ -36,23 +36,32 @@ DEFAULTS = {  # of the options that are None
 
 
 @dataclass
-class ToyConfig:
-    experiment: str = "depth,ngram"  # names, separated by commas: depth, width, ngram
+class SharedConfig:  # options that experiments/hop.py has, too
     out_dir: str = "out/toy"  # folder of the results
     seeds: int = 3  # train every model with the seeds 1, 2, ..., seeds
     workers: int | None = None  # models trained at a time; None: one per CPU core, or 1 on a GPU
     device: str = "auto"  # cpu, cuda, mps; auto: the fastest one
-    # training; None: the value in DEFAULTS
-    max_steps: int | None = None  # optimizer steps; a model that stays at 100% stops early
     batch_size: int = 32  # sequences per step; ngram uses the whole table
     micro_batch_size: int | None = None  # sequences per forward pass; None: all
+    eval_sequences: int = 256  # sequences of the evaluation batch, the same for all models
+    width: int = 64  # n_embd of the models of depth and hop
+    n_head: int = 4  # heads per layer
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if isinstance(value, (int, float)) and not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value} must be positive")
+        GPTConfig(n_embd=self.width, n_head=self.n_head)  # ValueError if it is impossible
+
+
+@dataclass
+class ToyConfig(SharedConfig):
+    experiment: str = "depth,ngram"  # names, separated by commas: depth, width, ngram
+    # training; None: the value in DEFAULTS
+    max_steps: int | None = None  # optimizer steps; a model that stays at 100% stops early
     learning_rate: float | None = None  # constant after warm-up
     warmup_steps: int | None = None  # steps of linear warm-up
     eval_every: int | None = None  # steps between evaluations
-    eval_sequences: int = 256  # sequences of the evaluation batch, the same for all models
-    # models of depth
-    width: int = 64  # n_embd
-    n_head: int = 4  # heads per layer
     # data of depth and width
     vocab_size: int = 32  # tokens to draw from
     length: int = 32  # tokens in a sequence
@@ -60,20 +69,13 @@ class ToyConfig:
     max_prefix: int = 16  # most distinct tokens before the first repeated one
 
     def __post_init__(self):
-        check_positive(self)
-        GPTConfig(n_embd=self.width, n_head=self.n_head)  # ValueError if it is impossible
+        super().__post_init__()
         for name in self.experiment.split(","):
             if name not in DEFAULTS:
                 raise ValueError(f"experiment={name} must be one of {', '.join(DEFAULTS)}")
         if not 3 <= self.min_prefix <= self.max_prefix <= min(self.vocab_size, self.length - 1):
             raise ValueError("must hold: 3 <= min_prefix <= max_prefix <= vocab_size, and "
                              "max_prefix < length")
-
-
-def check_positive(config):
-    for name, value in asdict(config).items():
-        if isinstance(value, (int, float)) and not 0 < value < float("inf"):
-            raise ValueError(f"{name}={value} must be positive")
 
 
 def main():

@@ -1,6 +1,6 @@
 """A Llama-style GPT with KV-shifting attention (arXiv 2411.19574) in one file.
 
-RMSNorm before each half-block, SwiGLU, rotary positions, grouped-query attention, no biases.
+RMSNorm before attention and MLP, SwiGLU, rotary positions, grouped-query attention, no biases.
 `KVShift` is the new part: it mixes each key and value with the previous token's, by learned scalars
 of each head, so that a single attention layer can be an induction head.
 
@@ -31,10 +31,13 @@ class GPTConfig:
     tie_embeddings: bool = True  # the output head shares the matrix of the token embedding
     kv_shift: Literal["none", "kv", "k", "v", "qkv"] = "kv"  # projections to shift; kv: the paper's
     shift_window: int = 2  # tokens in a mix, the current one included; 2: the paper's
-    shift_at: Literal["attention", "block", "embedding"] = "attention"  # others need kv_shift=none
-    shift_weights: Literal["free", "gate", "clamp", "input"] = "free"  # kind, see class KVShift
+    shift_at: Literal["attention", "block", "embedding"] = "attention"
+    # block: the input of each attention layer; embedding: once. Both need kv_shift=none
+    shift_weights: Literal["free", "gate", "clamp", "input"] = "free"
+    # gate: softmax; clamp: to [0, 1]; input: a gate that depends on the token
     shift_per: Literal["head", "channel"] = "head"  # one set of weights per head | per channel
-    shift_init: Literal["uniform", "identity", "induction"] = "uniform"  # see class KVShift
+    shift_init: Literal["uniform", "identity", "induction"] = "uniform"
+    # identity: as vanilla; induction: an induction head, with keys (0, 1) and values (1, 0)
     shift_learned: bool = True  # False: the weights of the shift keep their initial values
 
     def __post_init__(self):
@@ -56,12 +59,12 @@ class GPTConfig:
         if not 2 <= self.shift_window <= max(2, self.block_size):
             raise ValueError(f"shift_window={self.shift_window} must be in [2, block_size]")
         if self.shift_init != "uniform" and self.shift_weights in ("gate", "input"):
-            raise ValueError(f"shift_init={self.shift_init} needs weights of 0 and 1, which "
-                             f"shift_weights={self.shift_weights} cannot reach: choose free")
+            raise ValueError(f"shift_init={self.shift_init} needs shift_weights=free or clamp: "
+                             f"{self.shift_weights} cannot reach 0 and 1")
         if self.shift_at != "attention" and (
                 self.kv_shift != "none" or self.shift_init == "induction"):
-            raise ValueError(f"shift_at={self.shift_at} needs kv_shift=none, shift_init other "
-                             "than induction")
+            raise ValueError(f"shift_at={self.shift_at} needs kv_shift=none, and cannot start with "
+                             "shift_init=induction")
 
     @property
     def head_dim(self) -> int:
@@ -73,7 +76,7 @@ class KVShift(nn.Module):
 
         y_t = w_0 x_t + w_1 x_{t-1} + ... + w_{window-1} x_{t-window+1}
 
-    For the keys, (w_0, w_1) are the paper's alpha_1 and alpha_2, for the values beta_1 and beta_2
+    For the keys, (w_0, w_1) are the paper's alpha_1 and alpha_2; for the values, beta_1 and beta_2
     (Eqs. 4-6). Rows before the first token are zero. With alpha = (0, 1) and beta = (1, 0), the key
     at position t is that of token t - 1 and the value is that of token t: a query for "A" finds the
     position after an earlier "A" and copies what stands there. That is an induction head.
@@ -91,7 +94,8 @@ class KVShift(nn.Module):
     def __init__(self, n_head, head_dim, window=2, per="head", weights="free", init="uniform"):
         super().__init__()
         assert per in ("head", "channel") and init in ("uniform", "identity", "previous")
-        assert weights in ("free", "clamp") or weights in ("gate", "input") and init == "uniform"
+        assert weights in ("free", "clamp", "gate", "input")
+        assert init == "uniform" or weights in ("free", "clamp")
         self.n_head, self.head_dim, self.window = n_head, head_dim, window
         self.kind, self.init = weights, init
         rows = window - 1 if weights in ("gate", "input") else window
@@ -129,10 +133,10 @@ class KVShift(nn.Module):
         """x: (B, T, n_head, head_dim). past: the window - 1 rows before x, unmixed; None: zeros."""
         n = self.window - 1
         rows = F.pad(x, (0, 0, 0, 0, n, 0)) if past is None else torch.cat([past, x], dim=1)
-        w = [w.to(x.dtype) for w in self.weights(x)]
-        y = w[0] * x
+        weights = [w.to(x.dtype) for w in self.weights(x)]
+        y = weights[0] * x
         for i in range(1, self.window):
-            y = y + w[i] * rows[:, n - i : rows.size(1) - i]  # x_{t-i}
+            y = y + weights[i] * rows[:, n - i : rows.size(1) - i]  # x_{t-i}
         return y
 
 
@@ -266,7 +270,7 @@ class GPT(nn.Module):
         if config.vocab_size is None:
             raise ValueError("vocab_size is not set")
         self.config = c = config
-        with torch.random.fork_rng(devices=[]):  # undoes the draws of the constructors
+        with torch.random.fork_rng(devices=[]):  # only init_weights uses up random numbers
             self.embed = nn.Embedding(c.vocab_size, c.n_embd)
             self.shift = make_shift(c, c.n_head) if c.shift_at == "embedding" else None
             self.dropout = nn.Dropout(c.dropout)
@@ -350,8 +354,8 @@ class GPT(nn.Module):
 
         temperature, top_k, top_p: see `sample`. stop_token: a sequence that has produced it repeats
         it, and generation ends when all have produced it.
-        The model reads the last block_size tokens. When the cache is full, the newest half of it is
-        read again as a new text: from then on, each token follows at least block_size // 2 others.
+        The model reads the last block_size tokens. When the cache is full, a new one begins with
+        the last block_size // 2 tokens: from then on, each token follows at least that many.
         """
         block_size = self.config.block_size
         text = new = idx[:, -block_size:]

@@ -122,8 +122,9 @@ def table_of_groups(groups) -> str:
     first, rows = {}, []
     for label, _, runs in groups:
         final = {(one["config"]["seed"], one["step"]): one["val_loss"][1][-1] for one in runs}
-        differences = [final[key] - first[key] for key in final if final.keys() == first.keys()]
         first = first or final
+        same = final.keys() == first.keys() and final is not first  # seeds, at the same step
+        differences = [final[key] - first[key] for key in final] if same else []
         steps = " / ".join(f"{step:,}" for step in sorted({one["step"] for one in runs}))
         rows.append([label, str(len(runs)), steps, mean_and_error([*final.values()]),
                      mean_and_error(differences, sign="+")])

@@ -6,7 +6,6 @@ The tokenizer is part of the checkpoint, so the corpus is not needed. For text t
 the context of the model, see `GPT.stream`.
 """
 
-import codecs
 import sys
 import time
 from dataclasses import dataclass
@@ -78,15 +77,17 @@ def main():
 
 def print_stream(stream, prompt: list[int], tokenizer: Tokenizer, stop_token: int | None) -> int:
     """Prints the prompt and each token as it arrives; returns the number of new tokens."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # waits for whole characters
-    print(decoder.decode(tokenizer.decode_bytes(prompt)), end="", flush=True)
-    n_tokens = 0
+    ids, printed = list(prompt), tokenizer.decode(prompt)
+    print(printed, end="", flush=True)
     for token in stream:
         if token.item() != stop_token:
-            print(decoder.decode(tokenizer.decode_bytes(token.tolist())), end="", flush=True)
-            n_tokens += 1
-    print(decoder.decode(b"", final=True))
-    return n_tokens
+            ids.append(token.item())
+            text = tokenizer.decode(ids)
+            if not text.endswith("\ufffd"):  # waits for whole characters
+                print(text[len(printed) :], end="", flush=True)
+                printed = text
+    print(tokenizer.decode(ids)[len(printed) :])
+    return len(ids) - len(prompt)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class TrainConfig(GPTConfig):
     dataset: str = "pystdlib"  # a folder in data/, or the absolute path of another corpus
     init_from: str = ""  # checkpoint to take the initial weights from, such as out/x/best.pt
     seed: int = 1  # of the initial weights, the batches and dropout
-    resume: Literal["auto", "yes", "no"] = "auto"  # if there is a checkpoint | always | start over
+    resume: Literal["auto", "yes", "no"] = "auto"  # auto: if possible; yes: or fail; no: start over
     # optimization
     batch_size: int = 32  # sequences per step, over all micro-batches and processes
     micro_batch_size: int | None = None  # sequences per forward pass and process; None: all
@@ -77,7 +77,7 @@ class TrainConfig(GPTConfig):
     log_every: int = 10  # steps between lines of the log
     eval_every: int = 250  # steps between evaluations
     eval_tokens: int = 262_144  # tokens of the val split to evaluate on; 0: all
-    eval_start: int = 0  # tokens of the val split to leave out before them
+    eval_start: int = 0  # first token of the val split to evaluate on
     eval_induction: bool = False  # also evaluate on random tokens and their repetition
     checkpoint_every: int = 250  # steps between checkpoints
     wandb_project: str = ""  # also log to this project of Weights & Biases (pip install wandb)
@@ -237,9 +237,10 @@ def train(config: TrainConfig) -> int:
     while state.step < config.max_steps and not stop_signal:
         # one optimizer step
         torch.manual_seed(hash((config.seed, state.step, rank)))  # for dropout
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = learning_rate(state.step, config)
-        batch = batches(state.step, rank, world_size)  # while a GPU computes the step before
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(state.step, config)
+        batch = batches(state.step, rank, world_size)  # prepared while a GPU computes the last step
         loss = torch.zeros((), device=device)
         for i, tokens in enumerate(torch.from_numpy(batch).split(micro_batch_size)):
             if isinstance(train_model, DistributedDataParallel):  # exchange gradients only once
@@ -403,7 +404,7 @@ def catch_signals() -> list[int]:
 
 class Log:
     """Writes lines to log.jsonl, to the console and, if asked for, to Weights & Biases. Keeps the
-    lines of a file up to the step of the header, then adds the header."""
+    lines of an older file up to the step where a run resumes, then adds a header."""
 
     def __init__(self, path: Path, config: TrainConfig, header: dict):
         text = path.read_text(errors="replace") if path.exists() else ""
@@ -443,7 +444,7 @@ class Log:
 
 
 def print_samples(model: GPT, tokenizer: Tokenizer, device):
-    """Three short samples that begin at the start of a line: document starts are often alike."""
+    """Three short samples that begin with a new line: the starts of documents are often alike."""
     prompt = [] if tokenizer.kind == "char" else tokenizer.encode("\n").tolist()
     prompt = prompt or [tokenizer.start]  # in words, a line break has no token
     idx = torch.tensor(prompt, device=device).repeat(3, 1)

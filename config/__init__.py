@@ -97,8 +97,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse_options(cls, argv, metavar: str) -> tuple[dict, list[str]]:
-    """The options given on the command line, and the other arguments."""
+def parse_options(cls, argv, metavar="") -> tuple[dict, list[str]]:
+    """The options among the arguments, and the other arguments."""
     parser = Parser(description=sys.modules["__main__"].__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS)
@@ -123,17 +123,12 @@ def read_preset(cls, path: str) -> dict:
         names = runpy.run_path(path)
     except Exception as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
-    kinds, values = typing.get_type_hints(cls), {}
-    for name, value in names.items():
-        if name.startswith("_") or callable(value) or isinstance(value, types.ModuleType):
-            continue
-        if name not in kinds:
-            raise UserError(f"{path}: unknown option {name}{suggest(cls, name)}")
-        try:
-            values[name] = convert(kinds[name], str(value))
-        except argparse.ArgumentTypeError as error:
-            raise UserError(f"{path}: {name}: {error}") from None
-    return values
+    options = [f"--{name}={value}" for name, value in names.items() if not (
+        name.startswith("_") or callable(value) or isinstance(value, types.ModuleType))]
+    try:
+        return parse_options(cls, options)[0]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 WORDS = {bool: {"True": True, "False": False}, types.NoneType: {"None": None}}
@@ -165,6 +160,6 @@ def suggest(cls, argument: str) -> str:
 
 
 def field_comments(cls) -> dict[str, str]:
-    """Field name -> the comment behind it in the source of the dataclass."""
+    """Field name -> the comment behind it, or below it, in the source of the dataclass."""
     source = "".join(inspect.getsource(base) for base in reversed(cls.__mro__[:-1]))
-    return dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.MULTILINE))
+    return dict(re.findall(r"^    (\w+): .*?\s+# (.*)$", source, re.MULTILINE))

@@ -150,15 +150,6 @@ class TrainBatches:
         return self.corpus.windows("train", starts, self.block_size)
 
 
-def val_starts(corpus: Corpus, block_size: int, eval_tokens: int = 0, first: int = 0) -> np.ndarray:
-    """Starts of adjacent validation windows with about eval_tokens tokens in all (0: all), from the
-    token `first` on."""
-    check_length(corpus, "val", block_size + first)
-    n = (corpus.tokens["val"] - first - 1) // block_size
-    n = max(1, min(n, eval_tokens // block_size)) if eval_tokens else n
-    return first + np.arange(n) * block_size
-
-
 def check_length(corpus: Corpus, split: str, n: int):
     if corpus.tokens[split] <= n:
         raise UserError(f"{corpus.folder} has {corpus.tokens[split]:,} {split} tokens, not more "

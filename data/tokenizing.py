@@ -7,7 +7,6 @@ processes. A finished shard is never written again, so rerunning the same comman
 import itertools
 import multiprocessing
 import os
-import re
 import signal
 import threading
 from collections.abc import Callable
@@ -57,8 +56,8 @@ class Tokenizer:
             self.vocab_size, self.end_of_text = self.bpe.n_vocab, self.bpe.eot_token
         elif self.kind == "hf":
             self.hf = need("tokenizers").Tokenizer.from_str(spec["json"])
-            self.token_bytes = hf_token_bytes(self.hf, '"ByteLevel"' in spec["json"])
-            self.vocab_size, self.end_of_text = len(self.token_bytes), spec["end_of_text"]
+            self.vocab_size = max(self.hf.get_vocab().values()) + 1
+            self.end_of_text = spec["end_of_text"]
         else:
             raise UserError(f"unknown tokenizer {spec}" if spec else "the model has no tokenizer")
         self.start = self.end_of_text
@@ -83,38 +82,18 @@ class Tokenizer:
                             "tokenizer") from None
 
     def decode_bytes(self, ids) -> bytes:
-        """The UTF-8 bytes of some ids. An id may be part of a character: decode incrementally."""
+        """The UTF-8 bytes of some ids. They may end within a character."""
         ids = [i for i in ids if i < self.vocab_size]  # a model may have more ids than its corpus
         if self.kind == "bytes":
             return bytes(ids)
         if self.kind == "gpt2":
             return self.bpe.decode_bytes(ids)
         if self.kind == "hf":
-            return b"".join(self.token_bytes[i] for i in ids)
+            return self.hf.decode(ids, skip_special_tokens=False).encode()
         return "".join(self.chars[i] for i in ids).encode()
 
     def decode(self, ids) -> str:
         return self.decode_bytes(ids).decode("utf-8", "replace")
-
-
-def hf_token_bytes(hf, byte_level: bool) -> list[bytes]:
-    """The UTF-8 bytes of each token. Byte-level BPE spells every byte as a visible character;
-    others write a space as ▁ and some bytes as <0x0A>."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in visible]
-    table = {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
-    vocab, special = hf.get_vocab(), hf.get_added_tokens_decoder()
-    token_bytes = [b""] * (max(vocab.values()) + 1)
-    for token, i in vocab.items():
-        if i in special:
-            token_bytes[i] = token.encode()
-        elif byte_level:
-            token_bytes[i] = bytes(table[char] for char in token)
-        elif match := re.fullmatch("<0x(..)>", token):
-            token_bytes[i] = bytes.fromhex(match[1])
-        else:
-            token_bytes[i] = token.replace("▁", " ").encode()
-    return token_bytes
 
 
 def split_documents(f, name, position: int = 0, check_utf8: bool = True):
@@ -177,7 +156,7 @@ def start_or_resume(folder: Path, spec: dict, options: dict, jobs: list[Job]) ->
             raise UserError(f"{folder} was prepared with another {', '.join(differ)}: use another "
                             f"--name, or remove {folder / 'meta.json'} to prepare it again")
         return meta
-    for path in [*folder.glob("train_*.bin"), *folder.glob("val_*.bin")]:
+    for path in folder.glob("[tv]*_[0-9][0-9][0-9][0-9].bin"):
         path.unlink()  # of unknown origin
     if spec == {"kind": "char"}:
         chars = set()

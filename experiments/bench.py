@@ -153,10 +153,9 @@ def decoding(config, batch_size: int) -> dict:
             read[kind] = decode[kind] = partial(model, prompt)
         else:
             cache = model.new_cache(batch_size)
-            model.hidden(prompt, cache)
             size[kind] += sum(kv.nbytes for pair in cache.kv.values() for kv in pair) // 2
-            read[kind] = partial(prefill, model, prompt)
-            decode[kind] = partial(decode_one, model, prompt[:, -1:], cache, T)
+            read[kind] = partial(extend, model, prompt, cache, 0)
+            decode[kind] = partial(extend, model, prompt[:, -1:], cache, T)
     name = f"{str(dtype)[6:]}, width {config.n_embd}, prompt {T}, batch {batch_size}"
     prefills = in_turn(read, prompt.numel(), config, device)
     speeds = in_turn(decode | {"copy": partial(b.copy_, a)}, batch_size, config, device)
@@ -166,14 +165,10 @@ def decoding(config, batch_size: int) -> dict:
                 kind: [batch_size * bytes_per_s / size[kind]] for kind in models}}
 
 
-def prefill(model: GPT, prompt):
-    model.logits(model.hidden(prompt, model.new_cache(*prompt.shape))[:, -1])
-
-
-def decode_one(model: GPT, token, cache, length: int):
-    """One token after `length` cached ones, always the same one."""
+def extend(model: GPT, tokens, cache, length: int):
+    """Reads tokens that follow `length` cached ones, and computes the logits after the last."""
     cache.length = length
-    model.logits(model.hidden(token, cache)[:, -1])
+    model.logits(model.hidden(tokens, cache)[:, -1])
 
 
 def in_turn(actions: dict, tokens: int, config, device) -> dict[str, list[float]]:

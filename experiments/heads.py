@@ -9,12 +9,13 @@ a table and writes out/toy/heads.png.
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config import parse, run
 from induction_toy import EVAL_SEED, ToyConfig, induction_batch, make_models, train, with_defaults
-from model import GPT, rotary, rotate
+from model import GPT
 from plot import new_figure, save_figure, table
 
 import torch
@@ -52,17 +53,16 @@ def main():
 
 def attention_weights(model: GPT, idx):
     """The attention of the first layer: idx (B, T) -> (B, H, T, T), rows sum to 1."""
-    block, (B, T) = model.blocks[0], idx.shape
-    attn = block.attn
-    x = block.norm_attn(model.embed(idx))
-    q, k = attn.q(x).view(B, T, -1, attn.head_dim), attn.k(x).view(B, T, -1, attn.head_dim)
-    k = attn.shift["k"](k) if "k" in attn.shift else k
-    cos, sin = rotary(0, T, attn.head_dim, model.config.rope_base, idx.device)
-    q, k = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2)
-    k = k.repeat_interleave(attn.n_head // attn.n_kv_head, dim=1)  # (B, H, T, D)
-    scores = q @ k.transpose(2, 3) / attn.head_dim**0.5
-    causal = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
-    return scores.masked_fill(~causal, -torch.inf).softmax(dim=-1)
+    weights, attend = [], F.scaled_dot_product_attention
+
+    def watched(q, k, v, **options):  # the weighted sum of unit vectors is the weights
+        units = torch.eye(v.size(2)).to(v).expand(*v.shape[:3], -1)
+        weights.append(attend(q, k, units, **options))
+        return attend(q, k, v, **options)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", watched):
+        model(idx)
+    return weights[0]
 
 
 @torch.no_grad()

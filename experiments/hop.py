@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config import parse, run
-from induction_toy import check_positive, draw_seeds, model_name, train_all
+from induction_toy import SharedConfig, draw_seeds, model_name, train_all
 from model import GPTConfig
 from plot import new_figure, save_figure, table
 
@@ -24,31 +24,16 @@ import torch.nn.functional as F
 
 
 @dataclass
-class HopConfig:
-    out_dir: str = "out/toy"  # folder of the results
+class HopConfig(SharedConfig):
     seeds: int = 1  # train every model with the seeds 1, 2, ..., seeds
-    workers: int | None = None  # models trained at a time; None: one per CPU core, or 1 on a GPU
-    device: str = "auto"  # cpu, cuda, mps; auto: the fastest one
-    # data
     max_hops: int = 4  # most hops
     letters: int = 4  # letters of the alphabet
     length: int = 50  # letters in a sequence
-    # models
     max_layers: int = 4  # the models have 2, 3, ..., max_layers layers
-    width: int = 64  # n_embd
-    n_head: int = 4  # heads per layer
-    # training
     max_steps: int = 1000  # optimizer steps
-    batch_size: int = 32  # sequences per step
-    micro_batch_size: int | None = None  # sequences per forward pass; None: all
     learning_rate: float = 2e-3  # constant after warm-up
     warmup_steps: int = 20  # steps of linear warm-up
     eval_every: int = 100  # steps between evaluations
-    eval_sequences: int = 256  # sequences of the evaluation batch, the same for all models
-
-    def __post_init__(self):
-        check_positive(self)
-        GPTConfig(n_embd=self.width, n_head=self.n_head)  # ValueError if it is impossible
 
 
 def hop_batch(config: HopConfig, seed: int, step: int, size: int):

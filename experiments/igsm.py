@@ -96,7 +96,7 @@ def report(config: IgsmConfig, records: list[dict]):
     """Prints a table of the mean accuracies, and draws them with a band: lowest to highest."""
     figure = new_figure(10, 4)
     axes, rows = figure.subplots(1, 2, sharey=True), []
-    ops = sorted({int(n_op) for record in records for n_op in record["accuracy"]})
+    ops = sorted(set.intersection(*({*map(int, record["accuracy"])} for record in records)))
     for i, kind in enumerate(dict.fromkeys(record["kv_shift"] for record in records)):
         runs = [record for record in records if record["kv_shift"] == kind]
         color = COLORS.get(kind, OTHER_COLORS[i % 4])

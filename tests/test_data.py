@@ -12,12 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from config import UserError
-from data import Corpus, TrainBatches, atomic_write, lock, val_starts
+from data import Corpus, TrainBatches, atomic_write, lock
 from data.openwebtext import prepare as openwebtext
 from data.pystdlib import prepare as pystdlib
 from data.shakespeare_char import prepare as shakespeare
 from data.text import prepare as text
 from data.tokenizing import Job, Tokenizer, write_corpus
+from eval import evaluation_sets
 
 import numpy as np
 import pytest
@@ -87,10 +88,11 @@ def test_batches_are_a_function_of_seed_and_step_for_any_number_of_processes(tmp
 
 def test_validation_windows_are_adjacent(tmp_path):
     corpus = write_counting(tmp_path, [100], n_val=50)
-    assert val_starts(corpus, 7, eval_tokens=0).tolist() == [0, 7, 14, 21, 28, 35, 42]
-    assert val_starts(corpus, 7, eval_tokens=20).tolist() == [0, 7]
+    for tokens, first, starts in ((0, 0, [0, 7, 14, 21, 28, 35, 42]), (20, 3, [3, 10])):
+        inputs, targets = evaluation_sets(corpus, 7, tokens, first, induction=False)["val_loss"]
+        assert inputs[:, 0].tolist() == starts and (targets == inputs + 1).all()
     with pytest.raises(UserError, match="50 val tokens, not more than 50"):
-        val_starts(corpus, 50, eval_tokens=0)
+        evaluation_sets(corpus, 50, 0, 0, induction=False)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "char", "gpt2"])

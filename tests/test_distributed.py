@@ -115,7 +115,7 @@ def test_a_mistake_in_several_processes_is_a_line_each(corpus, tmp_path):
 
 def test_torchrun_restarts_a_killed_process_and_the_run_resumes(call, corpus, tmp_path):
     call(train.main, *arguments(corpus, tmp_path / "a", **NO_DROPOUT))
-    argv = arguments(corpus, tmp_path / "b", **NO_DROPOUT, checkpoint_every=1)
+    argv = arguments(corpus, tmp_path / "b", **NO_DROPOUT, checkpoint_every=1, resume="no")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                "--max_restarts=2", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0",
                ROOT / "train.py", *argv]

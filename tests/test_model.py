@@ -128,21 +128,6 @@ def test_a_clamped_weight_outside_the_interval_has_a_gradient():
     torch.testing.assert_close(shift.weight.grad[:, 0, 0], torch.stack([x.sum(), x[:, :-1].sum()]))
 
 
-@pytest.mark.parametrize("place, weights", [*itertools.product(
-    [PLACES[1], *PLACES[-2:]], ["free", "gate", "input"])])
-def test_gradients_of_the_scalars_agree_with_finite_differences(place, weights):
-    model = randomize(tiny(**place, shift_weights=weights, shift_window=3).double())
-    idx, targets = torch.randint(V, (2, 2, T))
-    names, values = zip(*((name, p) for name, p in model.named_parameters() if "shift." in name),
-                        strict=True)
-
-    def loss(*scalars):
-        scalars = dict(zip(names, scalars, strict=True))
-        return torch.func.functional_call(model, scalars, (idx, targets))
-
-    assert torch.autograd.gradcheck(loss, [p.detach().requires_grad_() for p in values])
-
-
 @pytest.mark.parametrize("place, weights", [*itertools.product(PLACES, WEIGHTS)])
 def test_no_logit_depends_on_a_later_token(place, weights):
     model = randomize(tiny(**place, shift_weights=weights, shift_window=3))

@@ -160,13 +160,6 @@ def test_a_complete_run_says_so_and_a_constant_rate_may_train_longer(fit, tmp_pa
     assert [header["versions"]["python"] == "9.9" for header in headers] == [False, True]
 
 
-def test_resume_no_after_a_restart_by_torchrun_still_resumes(fit, tmp_path, monkeypatch):
-    more = {"lr_schedule": "constant", "resume": "no"}
-    fit(tmp_path / "a", **more)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert "resuming" in fit(tmp_path / "a", **more, max_steps=8)
-
-
 # --- files of other runs, damaged files
 
 

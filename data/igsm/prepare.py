@@ -97,7 +97,7 @@ def draw_problem(rng, setting: str, min_op: int, max_op: int) -> tuple[str, str]
 def draw_paper(rng, max_op: int):
     """Formulas by name: four categories, one quantity per item, 0 to 3 inputs drawn before it."""
     sizes = [1] * 4
-    for _ in range(rng.randint(0, max_op - 4)):
+    for _ in range(rng.randint(0, min(max_op, 24) - 4)):
         sizes[rng.choice([i for i, size in enumerate(sizes) if size < 6])] += 1
     names = [f"{category} {item}" for category, size in zip(CHAIN, sizes, strict=True)
              for item in rng.sample(CHAIN[category], size)]
