@@ -255,10 +255,10 @@ def make_table(results: Results, experiment: str) -> str:
             arm, str(len(runs)), f"{runs[0]['learning_rate']:g}",
             mean_and_error([r["val_loss"] for r in runs]),
             mean_and_error(differences(arms, arm), sign="+") if seeds is not first else "",
-            " ".join(f"{r['saved']:.2f}" for r in runs),
+            " ".join(f"{r['saved']:.3f}" for r in runs),
             " ".join(str(steps_to_induction(r["curve"])) for r in runs),
             loss_at_equal_time(runs, ratios.get(arm)),
-            f"{ratios[arm]:.3f}" if arm in ratios else "",
+            f"{ratios[arm]:.2f}" if arm in ratios else "",
             str(runs[0]["parameters"] - first_parameters), str(cache_bytes(arm))])
     return table(["", "seeds", "learning rate", "val loss", "difference", "nats saved on a repeat",
                   "steps to save 0.1", "loss at equal time", "step time", "parameters added",
@@ -281,7 +281,7 @@ def loss_at_equal_time(runs: list[dict], ratio: float | None) -> str:
     if ratio is None:
         return ""
     curves = [np.transpose(r["curve"]) for r in runs]
-    return f"{np.mean([np.interp(c[0][-1] / ratio, c[0], c[1]) for c in curves]):.4f}"
+    return f"{np.mean([np.interp(c[0][-1] / ratio, c[0], c[1]) for c in curves]):.3f}"
 
 
 def cache_bytes(arm: str) -> int:

@@ -65,9 +65,9 @@ def test_the_table_states_paired_differences_and_their_standard_error(results):
     d = np.subtract(losses["KV shift"], losses["vanilla"])
     assert row[:3] == ["KV shift", "3", "0.003"]
     assert row[4] == f"{d.mean():+.4f} ± {d.std(ddof=1) / 3**0.5:.4f}"
-    assert row[5:7] == ["0.20 0.30 0.40", "20 20 20"]
-    assert row[7] == f"{np.mean(losses['KV shift']) + 0.2 * 4 / 10:.4f}"  # at step 20 / 1.25 = 16
-    assert row[8:11] == ["1.250", "32", "1024"]  # a key and a value of 4 heads in float32
+    assert row[5:7] == ["0.200 0.300 0.400", "20 20 20"]
+    assert row[7] == f"{np.mean(losses['KV shift']) + 0.2 * 4 / 10:.3f}"  # at step 20 / 1.25 = 16
+    assert row[8:11] == ["1.25", "32", "1024"]  # a key and a value of 4 heads in float32
 
 
 def test_cache_bytes_are_the_unmixed_rows():

@@ -59,7 +59,8 @@ def direct(model, context, continuation):
 
 def test_scores_of_padded_batches_equal_those_of_single_tokens(bytes_run):
     model = load(bytes_run)
-    pairs = [([1, 2, 3], [4]), ([5], [6, 7, 8, 9]), ([9] * 12, [1, 2]), ([7, 7], [3, 3, 3]), ([8, 9], [])]
+    pairs = [([1, 2, 3], [4]), ([5], [6, 7, 8, 9]), ([9] * 12, [1, 2]), ([7, 7], [3, 3, 3]),
+             ([8, 9], [])]
     for batch_size in (1, 3, 16):
         scores = score(model, pairs, batch_size)
         for pair, (logprob, greedy) in zip(pairs, scores, strict=True):
