@@ -72,6 +72,7 @@ ARMS = {  # kinds of model; the first one is the reference
     "clamp": {"shift_weights": "clamp"},
     "input": {"shift_weights": "input"},
     "identity": {"shift_init": "identity"},
+    "induction": {"shift_init": "induction"},
     "fixed random": {"shift_learned": False},
     "fixed induction": {"shift_init": "induction", "shift_learned": False}}
 MAIN = "vanilla, KV shift, keys only, per channel, Canon-A"
@@ -84,8 +85,8 @@ PLAN = [  # experiment, arms, seeds: in the order of work
     ("english", "keys only, Canon-A", "1 2 3"),
     ("retrofit", "vanilla, identity", "1 2 3"),
     ("python", MAIN, "4 5"),
-    ("python", "identity, input, smear, fixed random, fixed induction, values only, gate, clamp, "
-               "window 3, queries too", "1 2 3"),
+    ("python", "identity, induction, input, smear, fixed random, fixed induction, values only, "
+               "gate, clamp, window 3, queries too", "1 2 3"),
     ("no_rotary", "vanilla, KV shift", "1 2 3"),
     ("muon_rates", "vanilla, KV shift", "101"),
     ("muon", "vanilla, KV shift", "1 2 3"),
