@@ -5,6 +5,7 @@ out_dir = "out/quickstart"
 n_layer = 4
 n_head = 4
 n_embd = 128
+shift_init = "induction"  # learns sooner than the paper's random start, "uniform"
 block_size = 128
 batch_size = 16
 max_steps = 800

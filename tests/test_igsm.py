@@ -15,7 +15,7 @@ from conftest import texts
 def test_the_grader_agrees_with_every_generated_solution_and_finds_every_changed_number(setting):
     rng = random.Random(0)
     for _ in range(400):
-        problem, solution = igsm.draw_problem(rng, setting, 2, 15)
+        problem, solution = igsm.draw_problem(rng, setting, 2, 27)
         assert igsm.grade(problem, solution) == (True, True)
         head, answer = solution.rsplit(" Answer ")
         numbers = [*re.finditer(r"(?<== )\d+(?= [;.])", head)]
