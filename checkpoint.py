@@ -135,8 +135,8 @@ def restore(checkpoint: dict, model, optimizers=()):
             name for name in learned & states.keys() for key, value in states[name].items()
             if value.shape != (() if key == "step" else shapes[name])}
     if differ:
-        raise UserError(f"{checkpoint['path']}: weights or optimizer states do not fit the model: "
-                        f"{', '.join(sorted(differ)[:3])}")
+        raise UserError(f"{checkpoint['path']} does not fit the model: weights or optimizer states "
+                        f"differ in {', '.join(sorted(map(str, differ))[:3])}")
     options = dcp.StateDictOptions(full_state_dict=True, strict=not adds_shift)
     dcp.set_model_state_dict(model, checkpoint["model"], options=options)
     if optimizers:

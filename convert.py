@@ -37,9 +37,9 @@ def main():
                         "python convert.py llama|gguf|baichuan_m1 IN OUT")
     kind, source, target = paths[0], Path(paths[1]), Path(paths[2])
     if kind == "gguf":
-        save_run(target, *read_gguf(source), config.kv_shift)
+        save_run(source, target, *read_gguf(source), config.kv_shift)
     elif kind == "llama" and (source / "config.json").exists():
-        save_run(target, *read_llama(source), config.kv_shift)
+        save_run(source, target, *read_llama(source), config.kv_shift)
     else:
         checkpoint = load_checkpoint(source / "best.pt" if source.is_dir() else source)
         model, tokenizer = load_model(checkpoint, "cpu"), checkpoint["tokenizer"]
@@ -78,12 +78,13 @@ def refuse(reasons: dict[str, bool]):
 # --- import
 
 
-def save_run(out_dir: Path, options: dict, weights: dict, tokenizer: dict | None, kv_shift: str):
+def save_run(source: Path, out_dir: Path, options: dict, weights: dict, tokenizer: dict | None,
+             kv_shift: str):
     """Writes out_dir/best.pt from the options of GPTConfig and the weights of a vanilla model, and
     a preset for train.py that starts from it."""
     config = GPTConfig(**options, kv_shift=kv_shift, shift_init="identity")
     model = GPT(config)
-    restore({"model": weights, "adds_shift": True, "path": "the input"}, model)
+    restore({"model": weights, "adds_shift": True, "path": source}, model)
     out_dir.mkdir(parents=True, exist_ok=True)
     corpus = SimpleNamespace(tokenizer=tokenizer, checksum=None)
     save_checkpoint(out_dir / "best.pt", model, None, config, corpus, RunState())

@@ -126,7 +126,10 @@ def read_preset(cls, path: str) -> dict:
     options = [f"--{name}={value}" for name, value in names.items() if not (
         name.startswith("_") or callable(value) or isinstance(value, types.ModuleType))]
     try:
-        return parse_options(cls, options)[0]
+        options, others = parse_options(cls, options)
+        if others:  # argparse takes an unknown option with a space in it for a path
+            raise UserError(f"unknown option {others[0]}{suggest(cls, others[0])}")
+        return options
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

@@ -82,7 +82,7 @@ class Tokenizer:
                             "tokenizer") from None
 
     def decode_bytes(self, ids) -> bytes:
-        """The UTF-8 bytes of some ids. They may end within a character."""
+        """The UTF-8 bytes of some ids. They may end within a character (hf: then as U+FFFD)."""
         ids = [i for i in ids if i < self.vocab_size]  # a model may have more ids than its corpus
         if self.kind == "bytes":
             return bytes(ids)
@@ -156,7 +156,7 @@ def start_or_resume(folder: Path, spec: dict, options: dict, jobs: list[Job]) ->
             raise UserError(f"{folder} was prepared with another {', '.join(differ)}: use another "
                             f"--name, or remove {folder / 'meta.json'} to prepare it again")
         return meta
-    for path in folder.glob("[tv]*_[0-9][0-9][0-9][0-9].bin"):
+    for path in [*folder.glob("train_[0-9]*.bin"), *folder.glob("val_[0-9]*.bin")]:
         path.unlink()  # of unknown origin
     if spec == {"kind": "char"}:
         chars = set()

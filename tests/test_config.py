@@ -57,6 +57,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(argument, message):
 
 @pytest.mark.parametrize("text, message", [
     ("widht = 2", "unknown option --widht=2; did you mean --width=...?"),
+    ("widht = 'a b'", "unknown option --widht=a b; did you mean --width=...?"),
     ("width = 'x'", "width: must be int, not 'x'"), ("flag = 1", "flag: must be True|False"),
     ("1 / 0", "ZeroDivisionError: division by zero"), ("width = ", "SyntaxError")])
 def test_a_mistake_in_a_preset_names_the_file(tmp_path, text, message):

@@ -65,7 +65,7 @@ def test_an_imported_model_can_get_a_shift_that_changes_no_logit(tmp_path, call)
     ({"attention_bias": True}, "biases"), ({"head_dim": 16}, "another head_dim"),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "scaled rotary"),
     ({"model_type": "mistral"}, "model_type mistral"), ({"hidden_act": "gelu"}, "gelu"),
-    ({"num_hidden_layers": 3}, "do not fit the model: blocks.2")])
+    ({"num_hidden_layers": 3}, "differ in blocks.2")])
 def test_a_llama_with_features_that_this_model_lacks_is_refused(values, message, tmp_path, call):
     make_llama(tmp_path / "hf")
     path = tmp_path / "hf/config.json"
