@@ -18,6 +18,11 @@ torch.set_num_threads(1)  # the models here are small
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers_in_any_order_of_tests():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def call(monkeypatch, capsys):
     """call(main, *arguments) runs a script's main() in this process, as its command line does. It
