@@ -93,7 +93,8 @@ def solve(model, tokenizer: Tokenizer, problems: list[str]) -> list[str]:
 
 
 def report(config: IgsmConfig, records: list[dict]):
-    """Prints a table of the mean accuracies, and draws them with a band: lowest to highest."""
+    """Prints a table of the mean accuracies, and draws them with a band: lowest to highest. Shows
+    the numbers of operations that all records have."""
     figure = new_figure(10, 4)
     axes, rows = figure.subplots(1, 2, sharey=True), []
     ops = sorted(set.intersection(*({*map(int, record["accuracy"])} for record in records)))
