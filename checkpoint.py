@@ -94,8 +94,7 @@ def load_checkpoint(path) -> dict:
 
 def choose_device(device: str, dtype: str, n_embd: int = 0) -> tuple[torch.device, torch.dtype]:
     """The device and dtype with these names. "auto": the best device; bfloat16 on CUDA, and on CPUs
-    with instructions for it (AVX-512 BF16, AMX) for models that are wide enough to gain: 1.5 to 1.7
-    times the speed of training at width 256, but with AMX 0.7 times at 128."""
+    with instructions for it for models that are wide enough to gain."""
     if device == "auto":
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
@@ -104,8 +103,9 @@ def choose_device(device: str, dtype: str, n_embd: int = 0) -> tuple[torch.devic
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device={device} is not available: {str(error).splitlines()[0]}") from None
     if dtype == "auto":
+        cpu = torch.cpu.get_capabilities()
         gains = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
-                 else n_embd >= 256 and torch.cpu.get_capabilities().get("avx512_bf16"))
+                 else cpu.get("avx512_bf16") and n_embd >= (256 if cpu.get("amx_bf16") else 128))
         dtype = "bfloat16" if gains else "float32"
     return device, getattr(torch, dtype)
 

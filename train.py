@@ -188,7 +188,7 @@ def train(config: TrainConfig) -> int:
     # --- model and optimizers
     torch.manual_seed(config.seed)
     model = sharded_model(config, device, dtype) if config.fsdp else GPT(config).to(device)
-    optimizers = make_optimizers(model, config)
+    optimizers = make_optimizers(model, config, dtype)
     if checkpoint:
         restore(checkpoint, model, optimizers if resumed else ())
         checkpoint = None  # frees its memory
@@ -343,10 +343,11 @@ def sharded_model(config, device, dtype) -> GPT:
     return model
 
 
-def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: GPT, config: TrainConfig,
+                    dtype=torch.float32) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon for the matrices of the blocks and AdamW for the rest. Weight decay applies to
     matrices only: not to embeddings, norms and shifts. Muon's updates get the RMS of AdamW's, so
-    that both use the same learning rate (arXiv 2502.16982)."""
+    that both use the same learning rate (arXiv 2502.16982). dtype: of Muon's matrix products."""
     muon, decayed, others = [], [], []
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -362,15 +363,15 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
     optimizers = [torch.optim.AdamW([group for group in groups if group["params"]], fused=True,
                                     lr=config.learning_rate, betas=(config.beta1, config.beta2))]
     if muon:
-        cls = CPUMuon if muon[0].device.type == "cpu" else torch.optim.Muon
+        cls = torch.optim.Muon if dtype == torch.bfloat16 else Float32Muon
         optimizers.append(cls(muon, lr=config.learning_rate, weight_decay=config.weight_decay,
                               adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
-class CPUMuon(torch.optim.Muon):
-    """Muon in float32. torch's Muon multiplies matrices in bfloat16, which takes 18 times as long
-    on a CPU without instructions for it."""
+class Float32Muon(torch.optim.Muon):
+    """Muon in float32. torch's Muon always multiplies matrices in bfloat16, which takes 18 times as
+    long on a CPU without instructions for it."""
 
     def step(self, closure=None):
         with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):

@@ -131,7 +131,7 @@ def time_steps(models: dict, config, device, dtype, compiled: bool) -> dict[str,
             optimizer.zero_grad()
 
     steps = {kind: partial(step, m, torch.compile(m, dynamic=False) if compiled else m,
-                           make_optimizers(m, config)) for kind, m in models.items()}
+                           make_optimizers(m, config, dtype)) for kind, m in models.items()}
     return in_turn(steps, x.numel(), config, device)
 
 

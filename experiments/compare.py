@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[1]
-MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 128}  # 0.8M parameters
+MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "dtype": "float32"}  # 0.8M parameters
 PYTHON = MODEL | {  # bytes, with a context that is long enough for induction to pay
     "dataset": "pystdlib", "block_size": 256, "batch_size": 8, "max_steps": 1500,
     "warmup_steps": 50, "eval_every": 150, "eval_tokens": 131_072, "log_every": 25}

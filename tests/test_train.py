@@ -497,9 +497,10 @@ def test_commands_work_from_another_folder_and_a_reader_may_leave(corpus, tmp_pa
 
 
 def test_auto_is_bfloat16_on_cpus_where_a_model_gains_from_it(monkeypatch):
-    for bf16, n_embd, expected in ((True, 256, "bfloat16"), (True, 128, "float32"),
-                                   (False, 256, "float32")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda bf16=bf16: {"avx512_bf16": bf16})
+    for names, n_embd, expected in (
+            (["avx512_bf16"], 128, "bfloat16"), (["avx512_bf16"], 127, "float32"),
+            (["avx512_bf16", "amx_bf16"], 255, "float32"), ([], 256, "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda n=names: dict.fromkeys(n, True))
         assert choose_device("cpu", "auto", n_embd)[1] == getattr(torch, expected)
     with pytest.raises(UserError, match="not available"):
         choose_device("cuda:99", "auto")
