@@ -98,11 +98,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_options(cls, argv, metavar="") -> tuple[dict, list[str]]:
-    """The options among the arguments, and the other arguments."""
+    """The options among the arguments, and the other arguments (without a metavar: a mistake)."""
     parser = Parser(description=sys.modules["__main__"].__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS)
-    parser.add_argument("paths", nargs="*", metavar=metavar, default=[])
+    if metavar:
+        parser.add_argument("paths", nargs="*", metavar=metavar)
     kinds, comments = typing.get_type_hints(cls), field_comments(cls)
     for field in dataclasses.fields(cls):
         help = f"{comments[field.name]} (default: {field.default})".replace("%", "%%")
@@ -112,7 +113,7 @@ def parse_options(cls, argv, metavar="") -> tuple[dict, list[str]]:
     if unknown:
         raise UserError(f"unknown option {unknown[0]}{suggest(cls, unknown[0])}")
     options = vars(options)
-    return options, options.pop("paths")
+    return options, options.pop("paths", [])
 
 
 def read_preset(cls, path: str) -> dict:
@@ -121,17 +122,13 @@ def read_preset(cls, path: str) -> dict:
         raise UserError(f"no preset {path} (options are written --key=value)")
     try:
         names = runpy.run_path(path)
-    except Exception as error:
-        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
-    options = [f"--{name}={value}" for name, value in names.items() if not (
-        name.startswith("_") or callable(value) or isinstance(value, types.ModuleType))]
-    try:
-        options, others = parse_options(cls, options)
-        if others:  # argparse takes an unknown option with a space in it for a path
-            raise UserError(f"unknown option {others[0]}{suggest(cls, others[0])}")
-        return options
+        options = [f"--{name}={value}" for name, value in names.items() if not (
+            name.startswith("_") or callable(value) or isinstance(value, types.ModuleType))]
+        return parse_options(cls, options)[0]
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except Exception as error:
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
 
 
 WORDS = {bool: {"True": True, "False": False}, types.NoneType: {"None": None}}
