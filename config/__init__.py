@@ -131,18 +131,16 @@ def read_preset(cls, path: str) -> dict:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
 
 
-WORDS = {bool: {"True": True, "False": False}, types.NoneType: {"None": None}}
-
-
 def convert(kind, text: str):
     """text as a value of a field's type: int, float, str, bool, Literal[...] or X | None."""
-    for option in typing.get_args(kind) if isinstance(kind, types.UnionType) else [kind]:
-        if typing.get_origin(option) is typing.Literal:
-            words = {value: value for value in typing.get_args(option)}
-        else:
-            words = WORDS.get(option)
-        with contextlib.suppress(ValueError, KeyError):
-            return option(text) if words is None else words[text]
+    options = typing.get_args(kind) or [kind]  # the values of a Literal, X and NoneType of X | None
+    value = {"True": True, "False": False, "None": None}.get(text, text)
+    if value in options or type(value) in options:
+        return value
+    for option in (int, float, str):
+        if option in options:
+            with contextlib.suppress(ValueError):
+                return option(text)
     raise argparse.ArgumentTypeError(f"must be {spell(kind)}, not {text!r}")
 
 
