@@ -26,13 +26,11 @@ class UserError(Exception):
     """A mistake that the user can correct. `run` prints it as one line, without a traceback."""
 
 
-HINTS = {  # options of nanoGPT, and of earlier versions, that have another name here
+HINTS = {  # options of nanoGPT that have another name here
     "start": "--prompt=TEXT, or --prompt_file=FILE",
     "gradient_accumulation_steps": "--micro_batch_size=N, a part of --batch_size",
     "wandb_log": "--wandb_project=NAME",
-    "max_iters": "--max_steps=N",
     "eval_interval": "--eval_every=N",
-    "dry_run": "python experiments/estimate.py config/x.py",
 }
 
 
