@@ -360,7 +360,7 @@ class GPT(nn.Module):
         """
         block_size = self.config.block_size
         text = new = idx[:, -block_size:]
-        cache = self.new_cache(idx.size(0), min(block_size, text.size(1) + max_new_tokens))
+        cache = self.new_cache(idx.size(0), text.size(1) + max_new_tokens)
         stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             if cache.length + new.size(1) > block_size:
