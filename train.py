@@ -209,7 +209,6 @@ def train(config: TrainConfig) -> int:
     # --- log
     n_parameters = sum(p.numel() for p in model.parameters())
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    log = None
     if rank == 0:
         versions = {"python": platform.python_version(), "torch": torch.__version__,
                     "numpy": np.__version__}
