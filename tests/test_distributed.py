@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 from test_train import arguments, read_log
 
-NO_DROPOUT = {"dropout": 0, "max_steps": 4}
+NO_DROPOUT = {"dropout": 0, "max_steps": 4, "lr_schedule": "cosine"}
 
 
 def work(rank, world_size, port, argv, log):

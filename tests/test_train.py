@@ -27,7 +27,8 @@ from conftest import ROOT, make_corpus, randomize
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "max_steps": 6,
         "warmup_steps": 2, "eval_tokens": 64, "eval_every": 2, "checkpoint_every": 2,
-        "log_every": 1, "dropout": 0.1, "device": "cpu"}
+        "log_every": 1, "dropout": 0.1, "device": "cpu",
+        "lr_schedule": "constant"}  # such a run may resume with more steps
 
 
 def arguments(corpus, folder, **more):
@@ -80,7 +81,7 @@ def whole(fit, tmp_path):
     (signal.SIGINT, "adamw"), (signal.SIGTERM, "adamw"), (signal.SIGTERM, "muon")])
 def test_a_run_stopped_by_signals_ends_like_one_that_was_not(
         fit, tmp_path, monkeypatch, number, optimizer):
-    more = {"optimizer": optimizer, "max_steps": 5}
+    more = {"optimizer": optimizer, "max_steps": 5, "lr_schedule": "cosine"}
     fit(tmp_path / "a", **more)
     stops = [1, 3]  # in the first step of the first call, and in the third of the second
 
@@ -149,13 +150,11 @@ def test_a_run_killed_50_times_ends_like_one_that_was_not(fit, corpus, tmp_path)
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
-def test_a_complete_run_says_so_and_a_constant_rate_may_train_longer(fit, tmp_path, monkeypatch):
-    more = {"lr_schedule": "constant"}
-    fit(tmp_path / "a", **more)
-    assert "is complete: step 6, best val loss" in fit(tmp_path / "a", **more)
+def test_a_complete_run_says_so_and_a_constant_rate_may_train_longer(fit, whole, monkeypatch):
+    assert "is complete: step 6, best val loss" in fit(whole)
     monkeypatch.setattr(train.platform, "python_version", lambda: "9.9")
-    assert "resuming" in fit(tmp_path / "a", **more, max_steps=8)
-    headers = read_log(tmp_path / "a")[0]
+    assert "resuming" in fit(whole, max_steps=8)
+    headers = read_log(whole)[0]
     assert [header["config"]["max_steps"] for header in headers] == [6, 8]
     assert [header["versions"]["python"] == "9.9" for header in headers] == [False, True]
 
@@ -175,19 +174,17 @@ def test_files_of_another_run_are_moved_aside(fit, whole):
 
 @pytest.mark.parametrize("foreign", ["damaged", "another run's", "missing"])
 def test_a_best_pt_that_is_not_this_runs_is_not_adopted(fit, tmp_path, whole, foreign):
-    out_dir = tmp_path / "b"
-    more = {"lr_schedule": "constant"}
-    fit(out_dir, **more)
     if foreign == "damaged":
-        (out_dir / "best.pt").write_bytes(b"x" * 1000)
+        (whole / "best.pt").write_bytes(b"x" * 1000)
     elif foreign == "another run's":
-        shutil.copy(whole / "best.pt", out_dir / "best.pt")
+        fit(tmp_path / "b", seed=2)
+        shutil.copy(tmp_path / "b" / "best.pt", whole)
     else:
-        (out_dir / "best.pt").unlink()
-    fit(out_dir, max_steps=8, **more)
-    assert (out_dir / "old-1" / "best.pt").exists() == (foreign != "missing")
-    best = load_checkpoint(out_dir / "best.pt")
-    assert best["run"]["step"] == 8 and best["config"]["lr_schedule"] == "constant"
+        (whole / "best.pt").unlink()
+    fit(whole, max_steps=8)
+    assert (whole / "old-1" / "best.pt").exists() == (foreign != "missing")
+    best = load_checkpoint(whole / "best.pt")
+    assert best["run"]["step"] == 8 and best["config"]["seed"] == 1
 
 
 def test_best_pt_is_the_best_trained_model(fit, tmp_path, monkeypatch):
@@ -198,17 +195,14 @@ def test_best_pt_is_the_best_trained_model(fit, tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path / "a" / "ckpt.pt")["run"]["best_step"] == 4
 
 
-def test_a_damaged_log_is_kept_under_another_name(fit, tmp_path):
-    out_dir, more = tmp_path / "a", {"lr_schedule": "constant"}
-    fit(out_dir, **more)
-    log = out_dir / "log.jsonl"
+def test_a_damaged_log_is_kept_under_another_name(fit, whole):
+    log = whole / "log.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(lines[:3]) + b"garbage \xff\n" + b"".join(lines[3:]) + b'{"step": ')
     damaged = log.read_bytes()
-    out = fit(out_dir, max_steps=7, **more)
-    assert "moved log.jsonl" in out
-    assert (out_dir / "old-1" / "log.jsonl").read_bytes() == damaged
-    assert [line["step"] for line in read_log(out_dir)[1]] == list(range(8))
+    assert "moved log.jsonl" in fit(whole, max_steps=7)
+    assert (whole / "old-1" / "log.jsonl").read_bytes() == damaged
+    assert [line["step"] for line in read_log(whole)[1]] == list(range(8))
 
 
 def damaged_checkpoint(path, damage):
@@ -250,11 +244,9 @@ def test_a_damaged_checkpoint_is_one_line_and_stays_as_it_is(fit, whole, damage)
 
 @pytest.mark.parametrize("damage", ["weight's shape", "weight missing", "state's shape",
                                     "state missing", "no optimizer"])
-def test_states_that_do_not_fit_the_model_are_refused(fit, tmp_path, damage):
-    more = {"lr_schedule": "constant"}  # torch's fused AdamW would crash on another shape
-    fit(tmp_path / "a", **more)
-    damaged_checkpoint(tmp_path / "a" / "ckpt.pt", damage)
-    fit(tmp_path / "a", max_steps=8, **more, error="does not fit the model")
+def test_states_that_do_not_fit_the_model_are_refused(fit, whole, damage):
+    damaged_checkpoint(whole / "ckpt.pt", damage)  # torch would crash on the shape of a state
+    fit(whole, max_steps=8, error="does not fit the model")
 
 
 @pytest.mark.parametrize("target", ["torch.save", "os.fsync"])
@@ -271,11 +263,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(fit, tmp_path, whole, monkeypatc
 
 
 def test_values_that_are_not_finite_stop_the_run_and_leave_the_checkpoints(
-        fit, tmp_path, monkeypatch):
+        fit, tmp_path, whole, monkeypatch):
     fit(tmp_path / "a", learning_rate=1e9, max_steps=50, grad_clip=0, min_lr=0,
         error="the checkpoints were not changed")
-    fit(tmp_path / "b", lr_schedule="constant")
-    before = (tmp_path / "b" / "ckpt.pt").read_bytes()
+    before = (whole / "ckpt.pt").read_bytes()
     step = torch.optim.AdamW.step
 
     def overflow(optimizer, closure=None):  # a finite gradient, and a weight that is not
@@ -284,9 +275,9 @@ def test_values_that_are_not_finite_stop_the_run_and_leave_the_checkpoints(
             optimizer.param_groups[0]["params"][0].data.fill_(math.inf)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
-    more = {"lr_schedule": "constant", "max_steps": 20, "checkpoint_every": 1, "eval_every": 100}
-    fit(tmp_path / "b", **more, error="a weight after step 7 is not finite")
-    assert (tmp_path / "b" / "ckpt.pt").read_bytes() == before
+    fit(whole, max_steps=20, checkpoint_every=1, eval_every=100,
+        error="a weight after step 7 is not finite")
+    assert (whole / "ckpt.pt").read_bytes() == before
 
 
 def test_a_second_run_in_the_same_folder_is_refused(fit, tmp_path):
@@ -320,7 +311,7 @@ def test_the_shift_can_be_added_to_a_trained_vanilla_model(fit, tmp_path):
 
 
 def test_a_fixed_shift_keeps_its_initial_weights_also_over_a_resume(fit, tmp_path):
-    more = {"shift_learned": False, "shift_init": "induction", "lr_schedule": "constant"}
+    more = {"shift_learned": False, "shift_init": "induction"}
     for n_steps in (3, 6):
         fit(tmp_path / "a", **more, max_steps=n_steps)
     shift = load_model(load_checkpoint(tmp_path / "a/ckpt.pt"), "cpu").blocks[1].attn.shift
