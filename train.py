@@ -349,8 +349,6 @@ def make_optimizers(model: GPT, config: TrainConfig,
     that both use the same learning rate (arXiv 2502.16982). dtype: of Muon's matrix products."""
     muon, decayed, others = [], [], []
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
         if p.ndim != 2 or "shift." in name or name.startswith("embed"):
             others.append(p)
         elif config.optimizer == "muon" and name.startswith("blocks"):
