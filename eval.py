@@ -63,8 +63,7 @@ def main():
         ids = tokenizer.encode(raw).tolist()
         if not ids:
             raise UserError(f"{config.text} is empty")
-        pairs = text_windows([tokenizer.start, *ids], model.config.block_size)
-        nats = -sum(logprob for logprob, _ in score(model, pairs, config.batch_size))
+        nats = -text_logprob(model, [tokenizer.start, *ids], config.batch_size)
         print_loss("text", nats, len(ids), len(raw))
     else:
         dataset = config.dataset or checkpoint["config"].get("dataset")
@@ -165,14 +164,12 @@ def score(model: GPT, pairs, batch_size: int) -> list[tuple[float, bool]]:
     return scores
 
 
-def text_windows(ids: list[int], block_size: int) -> list[tuple[list[int], list[int]]]:
-    """Pairs for `score` that predict each of ids[1:] once. The last window reaches back to the left
-    as far as it fits, as in lm-eval."""
-    pairs = []
-    for start in range(1, len(ids), block_size):
-        end = min(start + block_size, len(ids))
-        pairs.append((ids[max(0, end - block_size - 1) : start], ids[start:end]))
-    return pairs
+def text_logprob(model: GPT, ids: list[int], batch_size: int) -> float:
+    """The log-probability of ids[1:] in nats. Each window predicts block_size ids; the last one
+    predicts the rest, after a context that reaches back as far as it fits, as in lm-eval."""
+    T = model.config.block_size
+    pairs = [(ids[max(0, i - T) : i], ids[i : i + T]) for i in range(1, len(ids), T)]
+    return sum(logprob for logprob, _ in score(model, pairs, batch_size))
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str):
@@ -231,10 +228,8 @@ def run_harness(model: GPT, tokenizer: Tokenizer, config: EvalConfig) -> str:
             return score(model, [pair for _, *pair in requests], config.batch_size)
 
         def loglikelihood_rolling(self, requests, **kwargs):
-            windows = [text_windows([tokenizer.start, *self.tok_encode(request.args[0])],
-                                    model.config.block_size) for request in requests]
-            scores = iter(score(model, sum(windows, []), config.batch_size))
-            return [sum(next(scores)[0] for _ in pairs) for pairs in windows]
+            texts = [[tokenizer.start, *self.tok_encode(request.args[0])] for request in requests]
+            return [text_logprob(model, ids, config.batch_size) for ids in texts]
 
         def generate_until(self, requests, **kwargs):
             return [self.generate(*request.args) for request in requests]
