@@ -242,12 +242,12 @@ def run_harness(model: GPT, tokenizer: Tokenizer, config: EvalConfig) -> str:
             for token in model.stream(torch.tensor([ids], device=model.embed.weight.device),
                                       options.get("max_gen_toks", 256),
                                       options.get("temperature", 0.0)):
+                if token.item() == tokenizer.end_of_text:
+                    break
                 new.append(token.item())
                 text = tokenizer.decode(new)
                 if ends := [text.index(stop) for stop in until if stop in text]:
                     return text[: min(ends)]
-                if new[-1] == tokenizer.end_of_text:
-                    return tokenizer.decode(new[:-1])
             return tokenizer.decode(new)
 
     tasks, manager = config.tasks.split(","), TaskManager(include_path=config.include_path or None)
