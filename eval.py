@@ -155,10 +155,10 @@ def score(model: GPT, pairs, batch_size: int) -> list[tuple[float, bool]]:
         idx = torch.nn.utils.rnn.pad_sequence([rows[i][:-1] for i in batch], batch_first=True)
         hidden = model.hidden(idx.to(device))
         for i, x in zip(batch, hidden, strict=True):
-            n = min(len(pairs[i][1]), len(rows[i]) - 1)
             end = len(rows[i]) - 1
-            logprobs = model.logits(x[end - n : end]).float().log_softmax(dim=-1).cpu()  # (n, V)
-            targets = rows[i][end + 1 - n :]
+            first = max(0, end - len(pairs[i][1]))
+            logprobs = model.logits(x[first:end]).float().log_softmax(dim=-1).cpu()  # (n, V)
+            targets = rows[i][first + 1 :]
             scores[i] = (logprobs.gather(1, targets[:, None]).sum().item(),
                          torch.equal(logprobs.argmax(dim=-1), targets))
     return scores
