@@ -229,18 +229,18 @@ def to_baichuan(model: GPT):
             f"shift_weights={c.shift_weights}": c.shift_weights == "input"})
     n_kv_head = c.n_kv_head or c.n_head
     group = c.n_head // n_kv_head
-    width = c.n_embd + group * c.head_dim
+    extra = group * c.head_dim  # channels of the added group
+    width = c.n_embd + extra
     scale = (c.n_embd / width) ** 0.5  # RMSNorm divides by the norm over more channels
 
-    def pad(w, rows=0):  # zeros for the new input channels, and for more rows
-        return F.pad(w, (0, width - c.n_embd, 0, rows))
+    def pad(w, rows=0, columns=extra):
+        return F.pad(w, (0, columns, 0, rows))
 
     def norm(w):
-        return F.pad(w * scale, (0, width - c.n_embd))
+        return F.pad(w * scale, (0, extra))
 
-    rows = model.head_weight()
-    norms = rows.norm(dim=1)
-    head = pad(rows)
+    head = pad(model.head_weight())
+    norms = head.norm(dim=1)
     head[:, c.n_embd] = (norms.max() ** 2 - norms**2).clamp(min=0).sqrt()
     weights = {"model.embed_tokens.weight": pad(model.embed.weight), "lm_head.weight": head,
                "model.norm.weight": norm(model.norm.weight) * norms.max()}
@@ -250,13 +250,12 @@ def to_baichuan(model: GPT):
             f"{name}.input_layernorm.weight": norm(block.norm_attn.weight),
             f"{name}.post_attention_layernorm.weight": norm(block.norm_mlp.weight),
             f"{name}.self_attn.W_pack.weight": torch.cat([
-                pad(attn.q.weight, group * c.head_dim), pad(attn.k.weight, c.head_dim),
+                pad(attn.q.weight, extra), pad(attn.k.weight, c.head_dim),
                 pad(attn.v.weight, c.head_dim)]),
-            f"{name}.self_attn.o_proj.weight": F.pad(
-                attn.out.weight, (0, group * c.head_dim, 0, width - c.n_embd)),
+            f"{name}.self_attn.o_proj.weight": pad(attn.out.weight, extra),
             f"{name}.mlp.gate_proj.weight": pad(mlp.gate.weight),
             f"{name}.mlp.up_proj.weight": pad(mlp.up.weight),
-            f"{name}.mlp.down_proj.weight": F.pad(mlp.down.weight, (0, 0, 0, width - c.n_embd))}
+            f"{name}.mlp.down_proj.weight": pad(mlp.down.weight, extra, columns=0)}
         for key in "kv":
             current, previous = torch.ones(n_kv_head), torch.zeros(n_kv_head)
             if key in attn.shift:
