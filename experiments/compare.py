@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -184,11 +184,8 @@ def train_missing(config: CompareConfig, results: Results, experiment, arms, see
     prepare_corpus(EXPERIMENTS[experiment]["dataset"])  # before several runs want to
     started = time.monotonic()
     with ThreadPoolExecutor(config.workers) as pool:
-        futures = [pool.submit(train_one, config, experiment, *one) for one in missing]
-        for i, future in enumerate(as_completed(futures), start=1):
-            if future.exception():
-                pool.shutdown(cancel_futures=True)
-            record = future.result()
+        records = pool.map(lambda one: train_one(config, experiment, *one), missing)
+        for i, record in enumerate(records, start=1):
             results.add(experiment, record)
             left = timedelta(seconds=round((time.monotonic() - started) / i * (len(missing) - i)))
             print(f"[{i}/{len(missing)}] {record['arm']}, seed {record['seed']}, learning rate "
