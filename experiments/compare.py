@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[1]
-MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "dtype": "float32"}  # 0.8M parameters
+MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 128}  # 0.8M parameters
 PYTHON = MODEL | {  # bytes, with a context that is long enough for induction to pay
     "dataset": "pystdlib", "block_size": 256, "batch_size": 8, "max_steps": 1500,
     "warmup_steps": 50, "eval_every": 150, "eval_tokens": 131_072, "log_every": 25}
@@ -198,7 +198,7 @@ def train_one(config: CompareConfig, experiment: str, arm: str, seed: int, rate:
     out_dir = Path(config.out_dir) / name.replace(" ", "-")
     options = EXPERIMENTS[experiment] | ARMS[arm] | {
         "seed": seed, "learning_rate": rate, "min_lr": rate / 10, "eval_induction": True,
-        "compile": True, "out_dir": out_dir}
+        "compile": True, "dtype": "float32", "out_dir": out_dir}
     if "init_from" in options:  # another seed: other batches than those of the first run
         path = Path(config.out_dir) / options["init_from"].format(seed=seed)
         options |= {"init_from": path, "seed": seed + 100}
