@@ -104,16 +104,15 @@ def evaluation_sets(corpus: Corpus, block_size: int, tokens: int, start: int, in
     check_length(corpus, "val", T + start)
     n = (corpus.tokens["val"] - start - 1) // T
     n = max(1, min(n, tokens // T)) if tokens else n
-    windows = corpus.windows("val", start + T * np.arange(n), T)
+    windows = torch.from_numpy(corpus.windows("val", start + T * np.arange(n), T))
     sets = {"val_loss": (windows[:, :-1], windows[:, 1:])}
     if induction:  # ids that occur in the windows, without a separator
         once = np.random.RandomState(0).choice(np.unique(windows), (64, T // 2))
-        ids = np.full((64, T + 1), -1)
-        ids[:, : 2 * (T // 2)] = np.concatenate([once, once], axis=1)
-        position = np.arange(1, T + 1)
+        ids = F.pad(torch.from_numpy(once).repeat(1, 2), (0, 1 + T % 2), value=-1)  # (64, T + 1)
+        position = torch.arange(1, T + 1)
         for name, mask in (("val_random", position < T // 2), ("val_induction", position > T // 2)):
-            sets[name] = ids[:, :-1].clip(min=0), np.where(mask, ids[:, 1:], -1)
-    return {name: tuple(map(torch.from_numpy, pair)) for name, pair in sets.items()}
+            sets[name] = ids[:, :-1].clip(min=0), ids[:, 1:].where(mask, -1)
+    return sets
 
 
 @torch.no_grad()
