@@ -100,10 +100,10 @@ def read_llama(folder: Path):
     """Options, weights and tokenizer of a Hugging Face folder."""
     safetensors = need("safetensors.torch")
     c = json.loads((folder / "config.json").read_text())
+    refuse({f"model_type {c.get('model_type')}": c.get("model_type") != "llama"})
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     heads = c["num_attention_heads"]
-    refuse({f"model_type {c.get('model_type')}": c.get("model_type") != "llama",
-            "biases": c.get("attention_bias") or c.get("mlp_bias"),
+    refuse({"biases": c.get("attention_bias") or c.get("mlp_bias"),
             "scaled rotary positions": rope.get("rope_type", rope.get("type")) not in
             (None, "default"),
             "another head_dim than width / heads": (c.get("head_dim") or c["hidden_size"] // heads)
