@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -221,8 +221,7 @@ def measure_times(results: Results, arms: list[str]):
     """Adds a line per arm: the time of a compiled step, divided by vanilla's in the same round."""
     torch._dynamo.config.recompile_limit = 64  # beyond its 8 kinds, models would run uncompiled
     config = BenchConfig(**MODEL, vocab_size=256, block_size=256, batch_size=8)
-    kinds = {arm: GPT(GPTConfig(**MODEL, vocab_size=256, block_size=256, **ARMS[arm]))
-             for arm in arms}
+    kinds = {arm: GPT(replace(config, **ARMS[arm])) for arm in arms}
     speeds = time_steps(kinds, config, torch.device("cpu"), torch.float32, compiled=True)
     for arm in kinds:
         ratio = np.median(np.divide(speeds["vanilla"], speeds[arm]))
