@@ -1,8 +1,8 @@
 """Compares vanilla attention, KV shift and its relatives on several corpora, with several seeds.
 
-    python experiments/compare.py                     # all of PLAN: many hours on two CPU cores
+    python experiments/compare.py                     # Python source: hours on two CPU cores
     python experiments/compare.py --experiment=shakespeare --arms="vanilla, KV shift" --seeds="1 2"
-    python experiments/compare.py --train=False       # tables and figures of the finished runs
+    python experiments/compare.py --train=False       # table and figure of the finished runs
 
 Each run is a call of train.py. A finished run adds one line to results/<experiment>.jsonl and is
 not trained again: rerun the same command to resume. All kinds of model have vanilla's best learning
@@ -76,29 +76,12 @@ ARMS = {  # kinds of model; the first one is the reference
     "fixed random": {"shift_learned": False},
     "fixed induction": {"shift_init": "induction", "shift_learned": False}}
 MAIN = "vanilla, KV shift, keys only, per channel, Canon-A"
-PLAN = [  # experiment, arms, seeds: in the order of work
-    ("rates", MAIN, "101"),
-    ("python", MAIN, "1 2 3"),
-    ("english", "vanilla, KV shift", "1 2 3"),
-    ("english_small", "vanilla, KV shift", "1 2 3"),
-    ("shakespeare", "vanilla, KV shift, keys only, values only", "1 2 3"),
-    ("english", "keys only, Canon-A", "1 2 3"),
-    ("retrofit", "vanilla, identity", "1 2 3"),
-    ("python", MAIN, "4 5"),
-    ("python", "identity, induction, input, smear, fixed random, fixed induction, values only, "
-               "gate, clamp, window 3, queries too", "1 2 3"),
-    ("no_rotary", "vanilla, KV shift", "1 2 3"),
-    ("muon_rates", "vanilla, KV shift", "101"),
-    ("muon", "vanilla, KV shift", "1 2 3"),
-    ("igsm_rates", "vanilla, KV shift", "101"),
-    ("igsm", "vanilla, KV shift", "1 2 3"),
-    ("igsm_long", "vanilla, KV shift", "1 2 3")]
 
 
 @dataclass
 class CompareConfig:
-    experiment: str = ""  # one of EXPERIMENTS; default: all of PLAN
-    arms: str = MAIN  # kinds of model of that experiment, separated by commas
+    experiment: str = "python"  # one of EXPERIMENTS
+    arms: str = MAIN  # kinds of model, separated by commas
     seeds: str = "1 2 3"  # seeds of each kind
     rates: str = "1.5e-3 3e-3 6e-3 1.2e-2"  # learning rates of the experiments called *rates
     learning_rate: float | None = None  # of all kinds but vanilla; None: that of vanilla
@@ -111,25 +94,20 @@ class CompareConfig:
 
 def main():
     config = parse(CompareConfig)
-    plan = [(config.experiment, config.arms, config.seeds)] if config.experiment else PLAN
-    plan = [(experiment, arms.split(", "), [int(seed) for seed in seeds.split()])
-            for experiment, arms, seeds in plan]
-    for experiment, arms, _ in plan:
-        if experiment not in EXPERIMENTS or not set(arms) <= set(ARMS):
-            raise UserError(f"experiment must be one of {', '.join(EXPERIMENTS)}, and arms some of "
-                            f"{', '.join(ARMS)}")
+    arms, seeds = config.arms.split(", "), [int(seed) for seed in config.seeds.split()]
+    if config.experiment not in EXPERIMENTS or not set(arms) <= set(ARMS):
+        raise UserError(f"experiment must be one of {', '.join(EXPERIMENTS)}, and arms some of "
+                        f"{', '.join(ARMS)}")
     results = Results(Path(config.results), config.learning_rate)
     if config.times:
-        return measure_times(results, ["vanilla", *config.arms.split(", ")])
+        return measure_times(results, ["vanilla", *arms])
     if config.train:
-        for i, (experiment, arms, seeds) in enumerate(plan, start=1):
-            print(f"part {i} of {len(plan)}: {experiment}", flush=True)
-            train_missing(config, results, experiment, arms, seeds)
-    for experiment in dict.fromkeys(part[0] for part in plan):
-        print(f"\n{experiment}\n{make_table(results, experiment)}")
-        if "rates" not in experiment and results.arms(experiment):
-            draw(results, experiment, Path(config.out_dir) / f"{experiment}.png")
-    print(f"\nfigures: {config.out_dir}/*.png")
+        train_missing(config, results, arms, seeds)
+    print(make_table(results, config.experiment))
+    if "rates" not in config.experiment and results.arms(config.experiment):
+        path = Path(config.out_dir) / f"{config.experiment}.png"
+        draw(results, config.experiment, path)
+        print(f"\nfigure: {path}")
 
 
 class Results:
@@ -170,7 +148,8 @@ class Results:
         return found
 
 
-def train_missing(config: CompareConfig, results: Results, experiment, arms, seeds):
+def train_missing(config: CompareConfig, results: Results, arms: list[str], seeds: list[int]):
+    experiment = config.experiment
     rates = [*map(float, config.rates.split())] if "rates" in experiment else [None]
     done = {(r["arm"], r["seed"], r["learning_rate"]) for r in results.read(experiment)}
     missing = [(arm, seed, rate or results.learning_rate(experiment, arm))
@@ -181,17 +160,18 @@ def train_missing(config: CompareConfig, results: Results, experiment, arms, see
     prepare_corpus(EXPERIMENTS[experiment]["dataset"])  # before several runs want to
     started = time.monotonic()
     with ThreadPoolExecutor(config.workers) as pool:
-        records = pool.map(lambda one: train_one(config, experiment, *one), missing)
+        records = pool.map(lambda one: train_one(config, *one), missing)
         for i, record in enumerate(records, start=1):
             results.add(experiment, record)
             left = timedelta(seconds=round((time.monotonic() - started) / i * (len(missing) - i)))
             print(f"[{i}/{len(missing)}] {record['arm']}, seed {record['seed']}, learning rate "
-                  f"{record['learning_rate']:g}: val loss {record['val_loss']:.4f} | about {left} "
-                  "left in this part", flush=True)
+                  f"{record['learning_rate']:g}: val loss {record['val_loss']:.4f} | about "
+                  f"{left} left", flush=True)
 
 
-def train_one(config: CompareConfig, experiment: str, arm: str, seed: int, rate: float) -> dict:
+def train_one(config: CompareConfig, arm: str, seed: int, rate: float) -> dict:
     """Trains one model with train.py, returns what its log says."""
+    experiment = config.experiment
     name = f"{experiment}-{arm}-{seed}"
     if "rates" in experiment or config.learning_rate:
         name += f"-{rate:g}"
