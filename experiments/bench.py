@@ -11,6 +11,7 @@ within each round. A training step is one micro-batch, gradient clipping and the
 
 import importlib.util
 import json
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from checkpoint import choose_device
-from config import parse, run
+from config import UserError, parse, run
 from data import atomic_write
 from experiments.estimate import peak_flops
 from model import GPT
@@ -186,6 +187,17 @@ def in_turn(actions: dict, tokens: int, config, device) -> dict[str, list[float]
             if i:  # round 0 compiles
                 speeds[kind].append(tokens * repeats / (time.perf_counter() - start))
     return speeds
+
+
+def run_script(path, *arguments, **options) -> float:
+    """The seconds that a Python script takes. options: of subprocess.run."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, path, *arguments], stdout=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE, text=True, **options)
+    if done.returncode:
+        *_, reason = done.stderr.strip().split("\n")
+        raise UserError(f"{path} {' '.join(map(str, arguments))} failed: {reason}")
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ kinds but vanilla.
 
 import json
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config import UserError, parse, run
-from experiments.bench import BenchConfig, time_steps
+from experiments.bench import BenchConfig, run_script, time_steps
 from model import GPT, GPTConfig
 from plot import COLORS, mean_and_error, new_figure, save_figure, table
 from train import prepare_corpus
@@ -182,11 +181,8 @@ def train_one(config: CompareConfig, arm: str, seed: int, rate: float) -> dict:
     if "init_from" in options:  # another seed: other batches than those of the first run
         path = Path(config.out_dir) / options["init_from"].format(seed=seed)
         options |= {"init_from": path, "seed": seed + 100}
-    command = [sys.executable, ROOT / "train.py", *(f"--{k}={v}" for k, v in options.items())]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    if done.returncode:
-        raise UserError(f"{out_dir}: {done.stderr.strip().splitlines()[-1]}")
+    run_script(ROOT / "train.py", *(f"--{name}={value}" for name, value in options.items()),
+               env=os.environ | {"OMP_NUM_THREADS": "1"})
     lines = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
     header = [line for line in lines if "config" in line][-1]
     curve = [[line["step"], line["val_loss"], line["val_random"] - line["val_induction"]]

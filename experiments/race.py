@@ -9,10 +9,8 @@ fewer steps. Times are those of the whole commands, with evaluations on as many 
 in the table are on the whole val split, and are not timed.
 """
 
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -23,7 +21,7 @@ from checkpoint import load_checkpoint, load_model
 from config import UserError, parse, run
 from data import FOLDER, Corpus
 from eval import evaluate, evaluation_sets
-from experiments.bench import load_nanogpt
+from experiments.bench import load_nanogpt, run_script
 from plot import table
 from train import prepare_corpus
 
@@ -45,7 +43,8 @@ class RaceConfig:
 
 def main():
     config = parse(RaceConfig)
-    if not Path(config.nanogpt, "data/shakespeare_char/val.bin").exists():
+    nanogpt = Path(config.nanogpt).resolve()
+    if not (nanogpt / "data/shakespeare_char/val.bin").exists():
         raise UserError(f"--nanogpt={config.nanogpt} must be a clone of nanoGPT with its "
                         "data/shakespeare_char prepared")
     prepare_corpus("shakespeare_char")
@@ -53,9 +52,11 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory() as out_dir:
         for seed in range(1, config.seeds + 1):
-            theirs = timed(config.nanogpt, f"{NANOGPT} --out_dir={out_dir}/theirs")
-            ours = timed(ROOT, f"{OURS} --seed={seed} --resume=no --out_dir={out_dir}/ours")
-            their_loss = nanogpt_loss(config.nanogpt, Path(out_dir, "theirs/ckpt.pt"), eval_sets)
+            theirs = run_script(nanogpt / "train.py", *NANOGPT.split(),
+                                f"--out_dir={out_dir}/theirs", cwd=nanogpt)
+            ours = run_script(ROOT / "train.py", *OURS.split(), f"--seed={seed}", "--resume=no",
+                              f"--out_dir={out_dir}/ours")
+            their_loss = nanogpt_loss(nanogpt, Path(out_dir, "theirs/ckpt.pt"), eval_sets)
             our_model = load_model(load_checkpoint(Path(out_dir, "ours/ckpt.pt")), "cpu")
             our_loss = evaluate(our_model, eval_sets, 64)["val_loss"]
             rows.append([str(seed), f"{theirs:.1f}", f"{their_loss:.4f}", f"{ours:.1f}",
@@ -64,16 +65,6 @@ def main():
     print("\n" + table(["seed", "nanoGPT, seconds", "val loss", "KV shift, seconds", "val loss",
                         "ratio of the times"], rows))
     print(f"median ratio: {median(float(row[-1]) for row in rows):.3f}")
-
-
-def timed(folder, arguments: str) -> float:
-    """The seconds that train.py of a folder takes."""
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "train.py", *arguments.split()], cwd=folder,
-                          capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{folder}/train.py failed: {done.stderr.strip().splitlines()[-1]}")
-    return time.perf_counter() - start
 
 
 def nanogpt_loss(folder, path: Path, eval_sets: dict) -> float:

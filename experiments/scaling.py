@@ -8,7 +8,6 @@ had after its imports. Corpora are of bytes, and removed afterwards.
 
 import multiprocessing
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config import UserError, parse_with_paths, run
+from experiments.bench import run_script
 from model import GPT, GPTConfig
 from plot import table
 from train import TrainConfig, make_optimizers
@@ -84,10 +84,8 @@ def measure_corpus(text: bytes, megabytes: int, workers: int) -> float:
         with open(path, "wb") as f:
             for start in range(0, megabytes * 10**6, len(text)):
                 f.write(text[: megabytes * 10**6 - start])
-        start = time.perf_counter()
-        subprocess.run([sys.executable, ROOT / "data/text/prepare.py", path, f"--name={folder}/out",
-                        f"--workers={workers}"], check=True, stdout=subprocess.DEVNULL)
-        return time.perf_counter() - start
+        return run_script(ROOT / "data/text/prepare.py", path, f"--name={folder}/out",
+                          f"--workers={workers}")
 
 
 if __name__ == "__main__":
