@@ -10,7 +10,6 @@ import multiprocessing
 import resource
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,10 +17,9 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config import UserError, parse_with_paths, run
-from experiments.bench import run_script
-from model import GPT, GPTConfig
+from experiments.bench import BenchConfig, run_script, time_steps
+from model import GPT
 from plot import table
-from train import TrainConfig, make_optimizers
 
 import torch
 
@@ -45,10 +43,9 @@ def main():
     text, rows = Path(paths[0]).read_bytes(), []
     for batch_size, context in SHAPES:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            seconds, n_bytes = pool.apply(measure_step, (config, batch_size, context))
-        tokens = batch_size * context
-        rows.append([str(context), str(batch_size), f"{seconds:.3f} s",
-                     f"{1e6 * seconds / tokens:.1f} µs", f"{n_bytes / 1e6:,.0f} MB"])
+            speed, n_bytes = pool.apply(measure_step, (config, batch_size, context))
+        rows.append([str(context), str(batch_size), f"{batch_size * context / speed:.3f} s",
+                     f"{1e6 / speed:.1f} µs", f"{n_bytes / 1e6:,.0f} MB"])
         print(" ".join(rows[-1]), flush=True)
     print("\n" + table(["context", "batch", "step", "per token", "memory"], rows) + "\n")
     rows = []
@@ -62,19 +59,13 @@ def main():
 
 
 def measure_step(config: ScalingConfig, batch_size: int, context: int) -> tuple[float, int]:
-    """Median seconds of a training step with KV shift, and the peak memory in bytes."""
+    """Median tokens/s of training steps with KV shift, and the peak memory in bytes."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model = GPT(GPTConfig(context, 256, config.n_layer, 4, n_embd=config.n_embd))
-    (optimizer,) = make_optimizers(model, TrainConfig())
-    idx, seconds = torch.randint(256, (batch_size, context)), []
-    for _ in range(config.steps + 1):
-        start = time.perf_counter()
-        model(idx, idx).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
+    config = BenchConfig(context, 256, config.n_layer, 4, n_embd=config.n_embd,
+                         batch_size=batch_size, rounds=config.steps, seconds=0)
+    speeds = time_steps({"kv": GPT(config)}, config, torch.device("cpu"), torch.float32, False)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return median(seconds[1:]), peak * (1 if sys.platform == "darwin" else 1024)
+    return median(speeds["kv"]), peak * (1 if sys.platform == "darwin" else 1024)
 
 
 def measure_corpus(text: bytes, megabytes: int, workers: int) -> float:
