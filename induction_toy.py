@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from checkpoint import choose_device
@@ -201,19 +202,16 @@ def train_all(config, experiment: str, models: dict[str, GPTConfig], make_batch:
     """Trains each model with each seed and writes the evaluations to <experiment>.jsonl.
 
     Each thread trains one model on one CPU core: small models hardly gain from a second core.
+    `models` are in order of size, the smallest one first.
     Returns {model name: [evaluations with seed 1, with seed 2, ...]}.
     """
     on_cpu = choose_device(config.device, "auto")[0].type == "cpu"
     workers = config.workers or (torch.get_num_threads() if on_cpu else 1)
-    runs = [(name, seed) for name in models for seed in range(1, config.seeds + 1)]
-    runs.sort(key=lambda run: -models[run[0]].n_layer)  # the slowest ones first
-    print(f"\n{experiment}: {len(runs)} models to train", flush=True)
-    lock, stop, done = threading.Lock(), threading.Event(), {}
+    seeds = range(1, config.seeds + 1)
+    print(f"\n{experiment}: {len(models) * len(seeds)} models to train", flush=True)
+    futures, stop = {}, threading.Event()
 
-    def train_one(name, seed):
-        with lock:  # the threads share torch's random numbers
-            torch.manual_seed(seed)
-            model = GPT(models[name])
+    def train_one(name, seed, model):
         evals = []
         for e in train(config, model, make_batch, seed, score):
             evals.append({"model": name, "seed": seed, **e})
@@ -223,11 +221,12 @@ def train_all(config, experiment: str, models: dict[str, GPTConfig], make_batch:
 
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            futures = {pool.submit(train_one, *run): run for run in runs}
-            for i, future in enumerate(as_completed(futures), start=1):
-                done[futures[future]] = evals = future.result()
-                e = evals[-1]
-                print(f"[{i}/{len(runs)}] {e['model']}, seed {e['seed']}: accuracy "
+            for name, seed in product(reversed(models), seeds):  # the slowest ones first
+                torch.manual_seed(seed)  # no other thread draws from torch's random numbers
+                futures[name, seed] = pool.submit(train_one, name, seed, GPT(models[name]))
+            for i, future in enumerate(as_completed(futures.values()), start=1):
+                e = future.result()[-1]
+                print(f"[{i}/{len(futures)}] {e['model']}, seed {e['seed']}: accuracy "
                       f"{e['accuracy']:.1%} at step {e['step']}, {e['seconds']:.1f} s", flush=True)
         finally:  # after Ctrl-C or an error, the threads end at their next evaluation
             stop.set()
@@ -237,9 +236,9 @@ def train_all(config, experiment: str, models: dict[str, GPTConfig], make_batch:
     path = Path(config.out_dir, f"{experiment}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as f:
-        for line in (header, *(e for run in sorted(runs) for e in done[run])):
+        for line in (header, *(e for future in futures.values() for e in future.result())):
             f.write(json.dumps(line).encode() + b"\n")
-    return {name: [done[name, seed] for seed in range(1, config.seeds + 1)] for name in models}
+    return {name: [futures[name, seed].result() for seed in seeds] for name in models}
 
 
 def train(config, model: GPT, make_batch: Callable, seed: int, score: Callable = accuracies):
