@@ -84,7 +84,8 @@ def main():
     for experiment in config.experiment.split(","):
         c = with_defaults(config, experiment)
         make_batch = partial(ngram_batch if experiment == "ngram" else induction_batch, c)
-        report(c, train_all(c, experiment, make_models(c), make_batch))
+        models = make_models(c)
+        report(c, models, train_all(c, experiment, models, make_batch))
 
 
 def with_defaults(config: ToyConfig, experiment: str) -> ToyConfig:
@@ -288,11 +289,17 @@ def evaluate(config, model: GPT, batch, score: Callable = accuracies) -> dict:
 # --- results
 
 
-def report(config: ToyConfig, results: dict[str, list]):
+def report(config: ToyConfig, models: dict[str, GPTConfig], results: dict[str, list]):
     """Draws the figure of an experiment and prints its table."""
-    path = Path(config.out_dir, f"{config.experiment}.png")
-    draw_curves(config, results, path)
-    note = f"Guessing is right {induction_chance(config):.1%} of the time."
+    chance = induction_chance(config)
+    steps = np.arange(1 + max(evals[-1]["step"] for seeds in results.values() for evals in seeds))
+    curves = {name: [  # a model that stopped early keeps its last accuracy
+        np.interp(steps, [e["step"] for e in evals], [e["accuracy"] for e in evals])
+        for evals in seeds] for name, seeds in results.items()}
+    path = draw_panels(config, config.experiment, models, "n_embd", steps, curves,
+                       guess=None if config.experiment == "ngram" else chance,
+                       xlabel="training steps", ylabel="accuracy", ylim=(-0.02, 1.04))
+    note = f"Guessing is right {chance:.1%} of the time."
     if config.experiment == "depth":
         batch = induction_batch(config, EVAL_SEED, 0, config.eval_sequences)
         exact = evaluate(config, exact_induction_head(config), batch)
@@ -318,38 +325,36 @@ def report(config: ToyConfig, results: dict[str, list]):
     print(f"\n{table(head, rows)}\n\n{note}\nFigure: {path}", flush=True)
 
 
-def draw_curves(config: ToyConfig, results: dict[str, list], path: Path):
-    """Accuracy over steps, in one panel per width."""
-    panels = {}
-    for name in results:
-        panels.setdefault("".join(name.split(", ")[1:-1]), []).append(name)
-    figure = new_figure(5 + 2 * len(panels), 4.5)
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for ax, (width, names) in zip(axes, panels.items(), strict=True):
-        steps = np.arange(1 + max(evals[-1]["step"] for name in names for evals in results[name]))
-        for name in names:  # a model that stopped early keeps its last accuracy
-            draw_seeds(ax, name, steps, [
-                np.interp(steps, [e["step"] for e in evals], [e["accuracy"] for e in evals])
-                for evals in results[name]])
-        if config.experiment != "ngram":
-            chance = induction_chance(config)
-            ax.axhline(chance, color="gray", linewidth=1, label=f"guessing ({chance:.1%})")
-        ax.set(xlabel="training steps", ylabel="accuracy", ylim=(-0.02, 1.04))
+def draw_panels(config, experiment: str, models: dict[str, GPTConfig], panel: str, x, curves: dict,
+                guess: float | None, **axes) -> Path:
+    """Draws <experiment>.png, with a panel for each value of the models' option `panel`.
+
+    curves: name -> (seeds, len(x)). guess: what guessing achieves. axes: properties of all axes.
+    """
+    values = sorted({getattr(model, panel) for model in models.values()})
+    figure = new_figure(5 + 2 * len(values), 4.5)
+    panels = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
+    for name, model in models.items():
+        ax = panels[values.index(getattr(model, panel))]
+        ys = curves[name]
+        color = COLORS[model.kv_shift]
+        line = {1: "-", 2: "--", 4: ":"}.get(model.n_layer, "-.")
+        ax.plot(x, np.median(ys, axis=0), line, color=color, linewidth=2, label=name)
+        ax.fill_between(x, np.min(ys, axis=0), np.max(ys, axis=0), color=color, alpha=0.2,
+                        linewidth=0)
+    for ax in panels:
+        if guess is not None:
+            ax.axhline(guess, color="gray", linewidth=1, label=f"guessing ({guess:.1%})")
+        ax.set(**axes)
+        ax.grid(alpha=0.3)
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False,
-                  ncols=1 if width else 3)
+                  ncols=1 if len(panels) > 1 else 3)
         ax.label_outer()
-    figure.suptitle(f"{config.experiment}, seeds: {config.seeds}. Line: median, band: lowest to "
-                    "highest", fontsize=10)
+    figure.suptitle(f"{experiment}, seeds: {config.seeds}. Line: median, band: lowest to highest",
+                    fontsize=10)
+    path = Path(config.out_dir, f"{experiment}.png")
     save_figure(figure, path)
-
-
-def draw_seeds(ax, name: str, x, ys):
-    """The median of ys (seeds, points) in the model's colour, and a band: lowest to highest."""
-    color = COLORS["kv" if name.endswith("KV shift") else "none"]
-    line = {"1": "-", "2": "--", "4": ":"}.get(name[0], "-.")  # by the number of layers
-    ax.plot(x, np.median(ys, axis=0), line, color=color, linewidth=2, label=name)
-    ax.fill_between(x, np.min(ys, axis=0), np.max(ys, axis=0), color=color, alpha=0.2, linewidth=0)
-    ax.grid(alpha=0.3)
+    return path
 
 
 if __name__ == "__main__":

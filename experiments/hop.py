@@ -14,9 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config import parse, run
-from induction_toy import SharedConfig, draw_seeds, model_name, train_all
+from induction_toy import SharedConfig, draw_panels, model_name, train_all
 from model import GPTConfig
-from plot import new_figure, save_figure, table
+from plot import table
 
 import numpy as np
 import torch
@@ -69,31 +69,19 @@ def score(config: HopConfig, correct, idx, mask) -> dict:
 
 def main():
     c = parse(HopConfig)
-    depths, hops = range(2, c.max_layers + 1), range(1, c.max_hops + 1)
+    hops = range(1, c.max_hops + 1)
     models = [GPTConfig(c.length + 1, c.letters + 1 + c.max_hops, n_layer, c.n_head, n_embd=c.width,
                         tie_embeddings=False, kv_shift=kv_shift)
-              for n_layer in depths for kv_shift in ("none", "kv")]
+              for n_layer in range(2, c.max_layers + 1) for kv_shift in ("none", "kv")]
     models = {model_name(model): model for model in models}
     results = train_all(c, "hop", models, partial(hop_batch, c), partial(score, c))
     errors = {name: [evals[-1]["errors"] for evals in seeds] for name, seeds in results.items()}
-    figure = new_figure(3 * len(depths), 3.5)
-    axes = figure.subplots(1, len(depths), sharey=True, squeeze=False)[0]
-    for name, values in errors.items():
-        ax = axes[models[name].n_layer - 2]
-        draw_seeds(ax, name, hops, values)
-        ax.set(xlabel="hops", xticks=hops, ylabel="error", ylim=(-0.02, 0.9))
-        ax.label_outer()
-    for ax in axes:
-        ax.axhline(1 - 1 / c.letters, color="gray", linewidth=1, label="guessing a letter")
-        ax.legend()
-    figure.suptitle(f"seeds: {c.seeds}. Line: median, band: lowest to highest", fontsize=10)
-    path = Path(c.out_dir, "hop.png")
-    save_figure(figure, path)
+    path = draw_panels(c, "hop", models, "n_layer", hops, errors, guess=1 - 1 / c.letters,
+                       xlabel="hops", xticks=hops, ylabel="error", ylim=(-0.02, 0.9))
     rows = [[name, *(f"{error:.3f}" for error in np.median(values, axis=0))]
             for name, values in errors.items()]
-    print()
-    print(table(["error (median of the seeds)", *(f"{k} hop{'s' * (k > 1)}" for k in hops)], rows))
-    print(f"\nFigure: {path}")
+    head = ["error (median of the seeds)", *(f"{k} hop{'s' * (k > 1)}" for k in hops)]
+    print(f"\n{table(head, rows)}\n\nFigure: {path}")
 
 
 if __name__ == "__main__":
