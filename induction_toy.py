@@ -130,7 +130,7 @@ def induction_batch(config: ToyConfig, seed: int, step: int, size: int):
 def induction_chance(config: ToyConfig) -> float:
     """Accuracy of guessing at the first known position: one of n tokens has just been repeated, and
     only the order of the n - 1 others tells which of them comes next. The mean of 1 / (n - 1)."""
-    return float(np.mean([1 / (n - 1) for n in range(config.min_prefix, config.max_prefix + 1)]))
+    return (1 / np.arange(config.min_prefix - 1, config.max_prefix)).mean()
 
 
 def ngram_batch(config: ToyConfig, seed: int, step: int, size: int):
