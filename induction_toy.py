@@ -309,8 +309,7 @@ def report(config: ToyConfig, models: dict[str, GPTConfig], results: dict[str, l
         failed = [name for name, seeds in results.items()
                   if min(evals[-1]["accuracy"] for evals in seeds) < 0.99]
         note = (f"Not all learn 99% of the table: {'; '.join(failed)}." if failed else
-                "KV shift neither helps nor hurts: at every size, with and without it, models "
-                "learn at least 99% of the table.")
+                "With and without KV shift, all models learn at least 99% of the table.")
     rows = []
     for name, seeds in results.items():
         ends = [evals[-1] for evals in seeds]
