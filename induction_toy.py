@@ -254,14 +254,14 @@ def train(config, model: GPT, make_batch: Callable, seed: int, score: Callable =
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
     eval_batch = make_batch(EVAL_SEED, 0, config.eval_sequences)
-    recent, started = [], time.perf_counter()
+    perfect, started = 0, time.perf_counter()  # perfect: evaluations in a row at 100%
     for step in range(config.max_steps + 1):
         if step % config.eval_every == 0 or step == config.max_steps:
             with autocast:
                 scores = evaluate(config, model, eval_batch, score)
             yield {"step": step, "seconds": round(time.perf_counter() - started, 2), **scores}
-            recent = [*recent[-2:], scores["accuracy"]]
-            if step == config.max_steps or len(recent) == 3 and min(recent) > 0.998:
+            perfect = perfect + 1 if scores["accuracy"] > 0.998 else 0
+            if step == config.max_steps or perfect == 3:
                 return
         idx, targets, _ = make_batch(seed, step, config.batch_size)
         size = config.micro_batch_size or len(idx)
