@@ -63,7 +63,7 @@ def draw_curves(folders, out, x: str = "steps") -> str:
         ax.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", frameon=False,
-                  ncols=3 if max(map(len, labels), default=0) < 30 else 1,
+                  ncols=3 if max(map(len, labels)) < 30 else 1,
                   title="line: mean of the seeds, band: lowest to highest")
     save_figure(figure, out)
     return table_of_groups(groups)
