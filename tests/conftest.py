@@ -1,10 +1,12 @@
+import json
 import os
 import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from checkpoint import RunState, save_checkpoint
+import train
+from checkpoint import RunState, load_checkpoint, load_model, save_checkpoint
 from config import run
 from data import Corpus, lock, write_meta
 from data.tokenizing import Tokenizer
@@ -16,6 +18,9 @@ import torch
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # the models here are small
 os.environ["OMP_NUM_THREADS"] = "1"
+TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "max_steps": 6,
+        "warmup_steps": 2, "eval_tokens": 48, "eval_every": 2, "checkpoint_every": 2,
+        "log_every": 1, "lr_schedule": "constant", "dropout": 0.1, "device": "cpu"}
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +58,31 @@ def call(monkeypatch, capsys):
     return call
 
 
+def arguments(corpus, folder, **more):
+    """The command line of a tiny run of train.py."""
+    values = TINY | {"dataset": corpus, "out_dir": folder} | more
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+@pytest.fixture
+def fit(call, corpus):
+    """fit(folder, **options) trains with TINY and these options; returns stdout. See `call`."""
+
+    def fit(folder, error="", code=0, **options):
+        return call(train.main, *arguments(corpus, folder, **options), error=error, code=code)[0]
+
+    return fit
+
+
+def read_log(folder, name="log.jsonl"):
+    """Headers, and the other lines without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    headers = [line for line in lines if "config" in line]
+    clock = ("seconds", "tokens_per_s")
+    return headers, [{k: v for k, v in line.items() if k not in clock}
+                     for line in lines if "config" not in line]
+
+
 def randomize(model, std=0.3, seed=0):
     """Weights so large that every part of the model shows in the logits."""
     generator = torch.Generator().manual_seed(seed)
@@ -76,17 +106,15 @@ def save_run(folder: Path, model, config, tokenizer=None) -> Path:
     return folder
 
 
-def make_text(n_bytes: int, seed=0) -> bytes:
-    """Text with something to learn: random keywords of Python."""
-    words = [b"def ", b"return ", b"self.", b"import ", b"class ", b"None\n", b"(x, y)", b": "]
-    picks = np.random.RandomState(seed).randint(len(words), size=n_bytes)
-    return b"".join(words[i] for i in picks)[:n_bytes]
+def load(path):
+    """The model of a checkpoint."""
+    return load_model(load_checkpoint(path), "cpu")
 
 
-def make_corpus(folder: Path, n_train=6000, n_val=600) -> Path:
-    """A small corpus of bytes."""
+def make_corpus(folder: Path) -> Path:
+    """A small corpus of bytes, the start of model.py."""
     folder.mkdir(parents=True)
-    text = make_text(n_train + n_val)
+    n_train, n_val, text = 6000, 600, (ROOT / "model.py").read_bytes()[:6600]
     for split, raw in (("train", text[:n_train]), ("val", text[n_train:])):
         np.frombuffer(raw, np.uint8).astype("<u2").tofile(folder / f"{split}_0000.bin")
     write_meta(folder, {"options": {}, "tokenizer": {"kind": "bytes"}, "vocab_size": 256,

@@ -26,20 +26,10 @@ import tiktoken
 from conftest import ROOT, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiktoken_ext.openai_public import r50k_pat_str
 
 LINES = b"".join(b"line %d\n" % i for i in range(1000))
 BIG = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x12000)]))  # 71,680 characters
-
-
-@pytest.fixture
-def small_bpe(monkeypatch):
-    """GPT-2's way to split a text into words, with a few merges."""
-    words = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-    merges = [b"\n\n", b"\r\n", b" a", b"no", b"in", b"ine", b"x\n", b"\n\xc2", b"\n\xc2\xa0"]
-    ranks = {bytes([i]): i for i in range(256)} | {m: 256 + i for i, m in enumerate(merges)}
-    bpe = tiktoken.Encoding("small", pat_str=words, mergeable_ranks=ranks,
-                            special_tokens={"<|endoftext|>": 256 + len(merges)})
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: bpe)
 
 
 def write_counting(folder, train_counts, n_val=50, chars=BIG[:500]) -> Corpus:
@@ -96,7 +86,12 @@ def test_validation_windows_are_adjacent(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bytes", "char", "gpt2"])
-def test_any_text_round_trips_through_each_tokenizer(small_bpe, monkeypatch, kind):
+def test_any_text_round_trips_through_each_tokenizer(monkeypatch, kind):
+    gpt2 = tiktoken.Encoding(  # without its merges
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks={bytes([i]): i for i in range(256)},
+        special_tokens={"<|endoftext|>": 256})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: gpt2)
+
     @settings(max_examples=40, deadline=None)
     @given(st.text() | st.text(alphabet=" \n\r\u3000\xa0<|endoftx>anoi'é😀"))
     def check(text):
@@ -118,8 +113,7 @@ def test_any_text_round_trips_through_each_tokenizer(small_bpe, monkeypatch, kin
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_preparation_resumes_and_keeps_finished_shards(
-        call, tmp_path, monkeypatch, sent):
+def test_an_interrupted_preparation_resumes(call, tmp_path, monkeypatch, sent):
     monkeypatch.setattr(text, "SHARD_SIZE", 1 << 18)
     file, folder = tmp_path / "a.txt", tmp_path / "corpus"
     file.write_bytes(LINES * 600)
@@ -199,35 +193,16 @@ def test_val_is_the_end_of_the_text(call, tmp_path, monkeypatch, files, expected
     assert train + val == "".join(d + "\0" for d in documents if d) and val == expected
 
 
-@pytest.mark.parametrize("kind", ["bytes", "char", "gpt2"])
-def test_byte_order_marks_and_carriage_returns_are_dropped(call, small_bpe, tmp_path, kind):
-    (tmp_path / "a").write_bytes(b"\xef\xbb\xbfone\r\n<|endoftext|>\r\ntwo \xef\xbb\xbf\r\n\r" * 9)
-    (tmp_path / "b").write_bytes(b"\xef\xbb\xbfthree\n" * 9)
-    call(text.main, tmp_path / "a", tmp_path / "b", f"--name={tmp_path / 'out'}",
-         f"--tokenizer={kind}", "--workers=1")
-    end = "<|endoftext|>" if kind == "gpt2" else "\0"
-    a, b = f"\ufeffone\n{end}two \ufeff\n\r" * 9 + end, "\ufeffthree\n" * 9 + end
-    assert "".join(texts(tmp_path / "out")) == a[1:] + b[1:]
-
-
-def test_text_that_is_not_utf8_is_named_with_its_position(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "SHARD_SIZE", 50_000)
-    raw = b"\xef\xbb\xbf" + b"<|endoftext|>\r\nna\xc3\xafve\r\n" * 9000
-    (tmp_path / "a.txt").write_bytes(raw[:200_000] + b"\xff" + raw[200_000:])
-    arguments = tmp_path / "a.txt", f"--name={tmp_path / 'out'}", "--workers=1"
-    call(text.main, *arguments, "--tokenizer=char", error="a.txt is not UTF-8 at byte 200,000: ")
-    call(text.main, *arguments)  # bytes takes any file
-
-
 def write_documents(path) -> list[str]:
     """Writes 60 documents as a file; returns their train and val, for val_fraction=0.1."""
-    documents = [f"naïve 😀 {i}\n\n\u00a0\n" * (i % 40) for i in range(60)]  # two are empty
+    documents = [f"naïve 😀 {i}\n\n\u00a0\n" * ((i + 1) % 40) for i in range(60)]  # one is empty
     if path.suffix == ".parquet":
         table = pytest.importorskip("pyarrow").table({"text": documents})
         pytest.importorskip("pyarrow.parquet").write_table(table, path, row_group_size=25)
-    else:
-        rows = "".join(json.dumps({"text": d, "url": ""}) + "\n" for d in documents)
-        raw = (rows if ".jsonl" in path.name else "<|endoftext|>\n".join(documents)).encode()
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"text": d, "url": ""}) + "\n" for d in documents))
+    else:  # from Windows
+        raw = b"\xef\xbb\xbf" + "<|endoftext|>\n".join(documents).encode().replace(b"\n", b"\r\n")
         path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
     splits = ["", ""]
     for document in filter(None, documents):
@@ -236,8 +211,8 @@ def write_documents(path) -> list[str]:
     return splits
 
 
-@pytest.mark.parametrize("suffix, workers", [(".txt", 1), (".txt.gz", 1), (".jsonl", 1),
-                                             (".jsonl", 2), (".jsonl.gz", 1), (".parquet", 1)])
+@pytest.mark.parametrize("suffix, workers", [
+    (".txt", 1), (".txt.gz", 1), (".jsonl", 1), (".jsonl", 2), (".parquet", 1)])
 def test_every_format_and_number_of_workers_gives_one_corpus(call, tmp_path, suffix, workers):
     splits = [write_documents(tmp_path / f"{name}{suffix}") for name in "ab"]
     call(openwebtext.main, f"--input={tmp_path}/*{suffix}", f"--name={tmp_path / 'out'}",
@@ -247,7 +222,6 @@ def test_every_format_and_number_of_workers_gives_one_corpus(call, tmp_path, suf
 
 def test_a_download_from_the_hub_resumes(call, tmp_path, monkeypatch):
     def hf_hub_download(repo, name, repo_type, revision, local_dir):
-        assert (repo, repo_type, len(revision)) == ("Skylion007/openwebtext", "dataset", 40)
         if name in broken:
             raise ConnectionError("the network\nis down")
         local_dir.mkdir(exist_ok=True)
@@ -255,34 +229,29 @@ def test_a_download_from_the_hub_resumes(call, tmp_path, monkeypatch):
         return str(local_dir / name)
 
     splits, broken = [], ["1.jsonl"]
-    monkeypatch.setattr(openwebtext, "HUB_FILES", ["0.jsonl", "1.jsonl", "2.jsonl"])
+    monkeypatch.setattr(openwebtext, "HUB_FILES", ["0.jsonl", "1.jsonl"])
     arguments = [f"--name={tmp_path}", "--tokenizer=bytes", "--val_fraction=0.1", "--workers=1"]
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    call(openwebtext.main, *arguments, error="pip install huggingface_hub pyarrow")
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(**locals()))
     call(openwebtext.main, *arguments, error="(ConnectionError: the network is down): rerun")
-    assert not list(tmp_path.glob(".hub.tmp/*.jsonl"))
     broken.clear()
-    assert "1 of 3 parts are done" in call(openwebtext.main, *arguments)[0]
-    assert texts(tmp_path) == [a * 3 for a in splits[0]] and len(splits) == 3
+    call(openwebtext.main, *arguments)
+    assert texts(tmp_path) == [a * 2 for a in splits[0]] and len(splits) == 2  # read once each
     assert not (tmp_path / ".hub.tmp").exists()
 
 
-@pytest.mark.parametrize("script, argument, error", [
-    (text, "nowhere.txt", "No such file or directory: nowhere.txt"),
-    (text, "{}", "Is a directory: {}"), (text, "--workers=1", "name the text files"),
-    (openwebtext, "--val_fraction=1", "between 0 and 1"),
-    (openwebtext, "--input={}/*.csv", "must match files, and only .jsonl"),
-    (openwebtext, "--input={}/*", "must match files, and only .jsonl"),
-    (openwebtext, "--input={}/*.txt.gz", "cannot read {}/a.txt.gz (EOFError"),
-    (openwebtext, "--input={}/*.jsonl", "cannot read {}/a.jsonl (AttributeError"),
-])
-def test_mistakes_are_one_line(call, tmp_path, script, argument, error):
+def test_mistakes_are_one_line(call, tmp_path, monkeypatch):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x" * 99)[:-9])
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n{"text": null}\n')
-    (tmp_path / "a.md").touch()
-    call(script.main, argument.format(tmp_path), f"--name={tmp_path / 'out'}", "--tokenizer=bytes",
-         error=error.format(tmp_path))
+    call(text.main, "nowhere.txt", error="No such file or directory: nowhere.txt")
+    call(text.main, tmp_path, error=f"Is a directory: {tmp_path}")
+    call(text.main, error="name the text files")
+    options = f"--name={tmp_path / 'out'}", "--tokenizer=bytes"
+    call(openwebtext.main, *options, "--val_fraction=1", error="between 0 and 1")
+    call(openwebtext.main, *options, "--input=*.csv", error="must match files, and only .jsonl")
+    call(openwebtext.main, *options, f"--input={tmp_path}/*.txt.gz", error="a.txt.gz (EOFError")
+    (tmp_path / "latin1").write_bytes(b"\xef\xbb\xbfline\r\n" * 100 + b"\xff")
+    monkeypatch.setattr(text, "SHARD_SIZE", 50)
+    call(text.main, tmp_path / "latin1", options[0], "--tokenizer=char",
+         error="latin1 is not UTF-8 at byte 900: ")
 
 
 def test_an_atomic_write_leaves_the_old_file_or_the_new_one(tmp_path):

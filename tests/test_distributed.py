@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 
@@ -14,10 +13,9 @@ from config import run
 
 import pytest
 import torch
-from conftest import ROOT
-from test_train import arguments, read_log
+from conftest import arguments, read_log
 
-NO_DROPOUT = {"dropout": 0, "max_steps": 4, "lr_schedule": "cosine"}
+NO_DROPOUT = {"dropout": 0, "max_steps": 4}
 
 
 def work(rank, world_size, port, argv, log):
@@ -68,22 +66,21 @@ def assert_close_to(single, other):
 
 
 @pytest.mark.parametrize("n, more", [
-    (2, {}), (4, {"optimizer": "muon", "kv_shift": "none", "shift_at": "block"}),
+    (2, {"micro_batch_size": 1}),
+    (4, {"optimizer": "muon", "kv_shift": "none", "shift_at": "block"}),
     (2, {"fsdp": True, "shift_learned": False}),
     (2, {"fsdp": True, "kv_shift": "none", "shift_at": "embedding", "shift_weights": "input"}),
-    (4, {"fsdp": True, "recompute": True, "tie_embeddings": False}), (2, {"micro_batch_size": 1})])
-def test_several_processes_train_the_same_model_as_one(call, corpus, tmp_path, n, more):
-    technical = ("fsdp", "recompute", "micro_batch_size")
-    same = {k: v for k, v in more.items() if k not in technical} | NO_DROPOUT
-    call(train.main, *arguments(corpus, tmp_path / "one", **same))
+    (4, {"fsdp": True, "recompute": True, "tie_embeddings": False})])
+def test_several_processes_train_the_same_model_as_one(fit, corpus, tmp_path, n, more):
+    fit(tmp_path / "one", **NO_DROPOUT | more | {"fsdp": False})
     argv = arguments(corpus, tmp_path / "many", **NO_DROPOUT | more)
     assert exit_codes(start(n, argv, tmp_path / "log")) == [0] * n, (tmp_path / "log").read_text()
     assert_close_to(tmp_path / "one", tmp_path / "many")
 
 
-def test_a_run_resumes_with_another_number_of_processes(call, corpus, tmp_path):
+def test_a_run_resumes_with_another_number_of_processes(fit, corpus, tmp_path):
     more, log = NO_DROPOUT | {"max_steps": 30}, tmp_path / "log"
-    call(train.main, *arguments(corpus, tmp_path / "single", **more))
+    fit(tmp_path / "single", **more)
     for n, kind in ((2, {"fsdp": True}), (4, {}), (1, {})):
         log.write_text("")
         processes = start(n, arguments(corpus, tmp_path / "b", **more | kind), log)
@@ -95,15 +92,22 @@ def test_a_run_resumes_with_another_number_of_processes(call, corpus, tmp_path):
     assert_close_to(tmp_path / "single", tmp_path / "b")
 
 
-def test_a_process_that_hangs_ends_the_others_after_the_timeout(corpus, tmp_path):
-    argv = arguments(corpus, tmp_path / "a", max_steps=100_000, timeout=3, log_every=1000)
-    processes = start(2, argv, tmp_path / "log")
-    wait_for((tmp_path / "a" / "ckpt.pt").exists)
-    os.kill(processes[1].pid, signal.SIGSTOP)
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_run_that_loses_a_process_can_restart(fit, corpus, tmp_path, monkeypatch, number):
+    more = NO_DROPOUT | {"max_steps": 30, "checkpoint_every": 1, "resume": "no"}
+    fit(tmp_path / "a", **more)
+    log = tmp_path / "log"
+    processes = start(2, arguments(corpus, tmp_path / "b", **more, timeout=3), log)
+    wait_for((tmp_path / "b" / "ckpt.pt").exists)
+    os.kill(processes[1].pid, number)
     assert exit_codes(processes[:1]) == [1]
     processes[1].kill()
-    log = (tmp_path / "log").read_text()
-    assert "train.py: lost another process of this run" in log and "Traceback" not in log
+    text = log.read_text()
+    assert "train.py: lost another process of this run" in text and "Traceback" not in text
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # as torchrun does
+    assert exit_codes(start(2, arguments(corpus, tmp_path / "b", **more), log)) == [0, 0]
+    assert "resuming" in log.read_text()
+    assert_close_to(tmp_path / "a", tmp_path / "b")
 
 
 def test_a_mistake_in_several_processes_is_a_line_each(corpus, tmp_path):
@@ -111,27 +115,3 @@ def test_a_mistake_in_several_processes_is_a_line_each(corpus, tmp_path):
     assert exit_codes(start(2, argv, tmp_path / "log")) == [2, 2]
     lines = (tmp_path / "log").read_text().splitlines()
     assert len(lines) == 2 and all("batch_size=3 must be a multiple" in line for line in lines)
-
-
-def test_torchrun_restarts_a_killed_process_and_the_run_resumes(call, corpus, tmp_path):
-    call(train.main, *arguments(corpus, tmp_path / "a", **NO_DROPOUT))
-    argv = arguments(corpus, tmp_path / "b", **NO_DROPOUT, checkpoint_every=1, resume="no")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-               "--max_restarts=2", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0",
-               ROOT / "train.py", *argv]
-    (tmp_path / "sitecustomize.py").write_text(  # kills one process at its third optimizer step
-        "import os, signal, sys\n"
-        "if os.environ.get('RANK') == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
-        "    import torch\n"
-        "    clip, steps = torch.nn.utils.clip_grad_norm_, []\n"
-        "    def killing(*args):\n"
-        "        steps.append(1)\n"
-        "        if len(steps) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        return clip(*args)\n"
-        "    torch.nn.utils.clip_grad_norm_ = killing\n")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path),
-                                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "resuming" in done.stdout
-    assert_close_to(tmp_path / "a", tmp_path / "b")

@@ -5,7 +5,6 @@ import re
 
 from data.igsm import prepare as igsm
 from experiments import igsm as experiment
-from train import main as train_main
 
 import pytest
 from conftest import texts
@@ -15,11 +14,12 @@ from conftest import texts
 def test_the_grader_agrees_with_every_generated_solution_and_finds_every_changed_number(setting):
     rng = random.Random(0)
     for _ in range(400):
-        problem, solution = igsm.draw_problem(rng, setting, 2, 27)
+        n_op = rng.randint(4, 15)
+        problem, solution = igsm.draw_problem(rng, setting, n_op, n_op)
         assert igsm.grade(problem, solution) == (True, True)
         head, answer = solution.rsplit(" Answer ")
         numbers = [*re.finditer(r"(?<== )\d+(?= [;.])", head)]
-        assert len(numbers) == len(re.findall("[:;] [a-zA-Z] = ", head))  # equations
+        assert len(numbers) == n_op
         changed = rng.choice(numbers)
         wrong = str((int(changed[0]) + 1) % 23)
         head = head[: changed.start()] + wrong + head[changed.end() :]
@@ -27,14 +27,6 @@ def test_the_grader_agrees_with_every_generated_solution_and_finds_every_changed
         wrong = str((int(answer.split()[0]) + 1) % 23)
         assert igsm.grade(problem, solution.rsplit(" ", 2)[0] + f" {wrong} .") == (False, False)
     assert igsm.grade(problem, "Solution : no . Answer .") == (False, False)
-
-
-def test_operations_of_a_derived_quantity_are_products_and_sums():
-    edges = [("Hill", "Hall"), ("Hill", "Gym"), ("Hall", "Pouch"), ("Gym", "Pouch")]
-    formulas = {f"{a} {b}": 3 for a, b in edges} | igsm.derived_formulas(edges)
-    solution, n_op = igsm.solve(random.Random(0), formulas, "Hill Bags", everything=False)
-    assert solution.endswith("Answer 18 .")  # 3 * 3 + 3 * 3
-    assert n_op == 4 + 2 + 3  # stated quantities; one of each room; two products and a sum
 
 
 def test_the_same_seed_gives_the_same_problems_and_no_template_is_in_both_splits(tmp_path, call):
@@ -49,16 +41,16 @@ def test_the_same_seed_gives_the_same_problems_and_no_template_is_in_both_splits
     assert {igsm.template_split(s) for s in val} == {"val"}
 
 
-def test_a_model_that_knows_its_problems_is_graded_as_right(tmp_path, call, monkeypatch):
+def test_a_model_that_knows_its_problems_is_graded_as_right(tmp_path, call, fit, monkeypatch):
     rng = random.Random(1)
     pairs = [igsm.draw_problem(rng, "paper", 4, 4) for _ in range(4)]
     monkeypatch.setattr(igsm, "draw_problem", lambda *args: rng.choice(pairs))
     monkeypatch.setattr(igsm, "template_split",
                         lambda solution: rng.choice(["train", "train", "val"]))
     call(igsm.main, "--problems=1000", "--max_op=4", "--workers=1", f"--name={tmp_path / 'data'}")
-    call(train_main, f"--dataset={tmp_path / 'data'}", f"--out_dir={tmp_path}/run", "--n_layer=1",
-         "--n_head=2", "--n_embd=64", "--block_size=128", "--batch_size=8", "--max_steps=150",
-         "--learning_rate=1e-2", "--warmup_steps=10", "--eval_tokens=1024", "--device=cpu")
+    fit(tmp_path / "run", dataset=tmp_path / "data", n_layer=1, n_embd=64, block_size=128,
+        dropout=0, batch_size=8, max_steps=150, learning_rate=1e-2, lr_schedule="cosine",
+        eval_every=150, checkpoint_every=150)
     monkeypatch.setattr(experiment, "draw_problem", lambda *args: pairs[args[0].randrange(4)])
     monkeypatch.setattr(experiment, "template_split", lambda solution: "val")
     arguments = [tmp_path / "run", "--problems=8", "--beyond=0", f"--results={tmp_path}/results",
@@ -69,8 +61,6 @@ def test_a_model_that_knows_its_problems_is_graded_as_right(tmp_path, call, monk
     assert "operations:" not in again and "| kv_shift=kv, answers" in again  # from the results
 
 
-@pytest.mark.parametrize("argument, message", [
-    ("--max_op=3", "max_op=3 must be in [4, 24]"), ("--setting=hard", "must be paper|full"),
-    ("--problems=1", "problems must be at least 1000")])
-def test_bad_options_are_one_line_and_exit_code_2(argument, message, tmp_path, call):
-    call(igsm.main, argument, f"--name={tmp_path / 'x'}", error=message)
+def test_bad_options_are_one_line_and_exit_code_2(call):
+    call(igsm.main, "--max_op=3", error="max_op=3 must be in [4, 24]")
+    call(igsm.main, "--problems=1", error="problems must be at least 1000")

@@ -1,28 +1,19 @@
 """Toy experiments: their data against slow searches, the theory against attention, the scripts."""
 
-import json
-import signal
-import subprocess
-import sys
 import time
-from functools import partial
 
 import induction_toy as toy
 from experiments import heads, hop, landscape
 from model import GPT
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, cells
+from conftest import cells, read_log
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 TINY = ["--seeds=1", "--workers=1", "--device=cpu", "--max_steps=4", "--eval_every=2",
         "--batch_size=4", "--eval_sequences=8", "--width=16", "--n_head=2"]
-
-
-# --- data
 
 
 def test_induction_data_keep_the_rule_and_mask_what_is_known():
@@ -38,22 +29,17 @@ def test_induction_data_keep_the_rule_and_mask_what_is_known():
         prefixes.add(n := known.index(True))
         assert len(set(tokens[:n])) == len(set(tokens)) == n
     assert prefixes == set(range(8, 17))
+    for other in ((1, 1), (2, 0)):  # seed and step
+        assert not torch.equal(idx, toy.induction_batch(toy.ToyConfig(), *other, size=200)[0])
 
 
-def test_the_best_guess_by_token_or_position_is_right_as_often_as_stated():
-    by_length = [toy.induction_chance(toy.ToyConfig(min_prefix=n, max_prefix=n)) for n in (8, 9)]
-    both = toy.induction_chance(toy.ToyConfig(min_prefix=8, max_prefix=9))
-    assert both == pytest.approx(np.mean(by_length))  # both lengths are equally frequent
+def test_guessing_after_the_first_repetition_is_right_as_often_as_stated():
     config = toy.ToyConfig(min_prefix=5, max_prefix=5, vocab_size=6, length=8)
     idx, targets, mask = toy.induction_batch(config, seed=3, step=0, size=10_000)
-    rank, position = [], []  # of the target among the other tokens
-    for tokens, nexts in zip(idx.tolist(), targets.tolist(), strict=True):
-        others = sorted(set(tokens[:5]) - {tokens[5]})
-        rank.append(others.index(nexts[5]))
-        position.append(tokens.index(nexts[5]) - 1)  # the first token follows none
     assert mask[:, 5].all() and not mask[:, :5].any()
-    for counts in (np.bincount(rank), np.bincount(position)):
-        assert counts / len(rank) == pytest.approx([toy.induction_chance(config)] * 4, abs=0.02)
+    position = (idx[:, :5] == targets[:, 5:6]).int().argmax(dim=1)  # the first follows no token
+    shares = torch.bincount(position) / len(idx)
+    assert shares[1:].tolist() == pytest.approx([toy.induction_chance(config)] * 4, abs=0.02)
 
 
 def test_the_ngram_table_needs_both_tokens():
@@ -79,19 +65,6 @@ def test_hop_answers_equal_a_slow_search():
                 i = max(found, default=None)
             assert answers[start + 1] == (3 if i is None else x[i])
             assert known[start + 1] == (i is not None)
-
-
-@pytest.mark.parametrize("make_batch", [partial(toy.induction_batch, toy.ToyConfig()),
-                                        partial(hop.hop_batch, hop.HopConfig())])
-def test_a_batch_depends_on_seed_and_step_only(make_batch):
-    first = make_batch(1, 7, 8)[0]
-    torch.manual_seed(99)
-    assert torch.equal(first, make_batch(1, 7, 8)[0])
-    assert not torch.equal(first, make_batch(1, 8, 8)[0])
-    assert not torch.equal(first, make_batch(2, 7, 8)[0])
-
-
-# --- theory and heads
 
 
 def test_theorem_2_one_layer_set_by_hand_is_exact_and_is_not_without_the_shift():
@@ -126,20 +99,10 @@ def test_theorem_3_closed_form_equals_attention(alpha1, alpha2, beta1, beta2, T,
     assert closed == pytest.approx(exact, abs=1e-9)
 
 
-@pytest.mark.parametrize("start", landscape.STARTS)
-def test_gradient_descent_ends_at_the_induction_head(start):
-    points, losses = landscape.descend(start, T=8)
-    assert points[-1].tolist() == [0, 1]
-    assert losses == sorted(losses, reverse=True)
-
-
-# --- scripts
-
-
 def test_a_toy_run_makes_tables_figures_and_logs(tmp_path, call):
     out, err = call(toy.main, *TINY, f"--out_dir={tmp_path}", "--experiment=depth,width,ngram")
     assert not err
-    header, *evals = map(json.loads, (tmp_path / "depth.jsonl").read_text().splitlines())
+    (header,), evals = read_log(tmp_path, "depth.jsonl")
     assert header["config"]["width"] == 16 and header["versions"]["torch"] == torch.__version__
     assert [e["step"] for e in evals if e["model"] == "2 layers, vanilla"] == [0, 2, 4]
     for name in ("depth", "width", "ngram"):
@@ -158,39 +121,11 @@ def test_results_do_not_depend_on_the_number_of_workers(tmp_path, call, monkeypa
             super().init_weights()
 
     monkeypatch.setattr(toy, "GPT", SlowGPT)
-    results = []
     for workers in (1, 3):
         call(toy.main, *TINY, "--seeds=2", "--experiment=depth", f"--workers={workers}",
              f"--out_dir={tmp_path / str(workers)}")
-        _, *lines = (tmp_path / str(workers) / "depth.jsonl").read_text().splitlines()
-        results.append({(e["model"], e["seed"], e["step"]): e["accuracy_all"]
-                        for e in map(json.loads, lines)})
-    assert results[0] == results[1] and len(results[0]) == 4 * 2 * 3
-
-
-def test_a_model_that_stays_at_100_percent_stops_early():
-    config = toy.with_defaults(toy.ToyConfig(), "ngram")
-    torch.manual_seed(1)
-    model = GPT(toy.make_models(config)["2 layers, width 64, KV shift"])
-    evals = list(toy.train(config, model, partial(toy.ngram_batch, config), seed=1))
-    assert [e["accuracy"] for e in evals[-3:]] == [1, 1, 1] and evals[-1]["step"] < 150
-
-
-def test_ctrl_c_ends_a_run_without_traceback(tmp_path):
-    command = [sys.executable, ROOT / "induction_toy.py", *TINY, "--experiment=depth",
-               "--max_steps=1000000", "--learning_rate=1e-9", "--workers=2", "--out_dir=here"]
-    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs ignore it
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True, preexec_fn=default) as process:
-        try:
-            while "models to train" not in process.stdout.readline():
-                pass
-            time.sleep(0.5)
-            process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert process.returncode and err == ""
+    one, several = (read_log(tmp_path / n, "depth.jsonl")[1] for n in "13")
+    assert one == several and len(one) == 4 * 2 * 3
 
 
 @pytest.mark.parametrize(("main", "name", "options"), [
@@ -203,14 +138,8 @@ def test_experiments_print_a_table_and_draw_a_figure(main, name, options, tmp_pa
     assert (tmp_path / "new" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("argument", "message"), [
-    ("--experiment=dept", "experiment=dept must be one of depth, width, ngram"),
-    ("--widht=8", "did you mean --width="),
-    ("--width=10", "no multiple of 2 n_head=8"),
-    ("--max_prefix=40", "max_prefix <= vocab_size"),
-    ("--seeds=0", "seeds=0 must be positive"),
-    ("--learning_rate=nan", "learning_rate=nan must be positive"),
-    ("--device=gpu", "device=gpu"),
-])
-def test_mistakes_are_one_line_and_exit_code_2(argument, message, tmp_path, call):
-    call(toy.main, f"--out_dir={tmp_path}", argument, error=message)
+def test_mistakes_are_one_line_and_exit_code_2(call):
+    call(toy.main, "--experiment=dept", error="experiment=dept must be one of depth, width, ngram")
+    call(toy.main, "--width=10", error="no multiple of 2 n_head=8")
+    call(toy.main, "--max_prefix=40", error="max_prefix <= vocab_size")
+    call(toy.main, "--learning_rate=nan", error="learning_rate=nan must be positive")

@@ -1,48 +1,26 @@
 """Training: what a step is, exact resume, atomic files, and what a user reads after a mistake."""
 
-import json
 import math
 import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import zipfile
 from dataclasses import replace
 
 import sample
 import train
-from checkpoint import choose_device, load_checkpoint, load_model
+from checkpoint import choose_device, load_checkpoint
 from config import UserError, run
 from data import Corpus, lock, read_meta, write_meta
 from data.tokenizing import Tokenizer
-from eval import evaluate, evaluation_sets
+from eval import evaluation_sets
 from model import GPT, KVShift
 from train import TrainConfig, learning_rate, make_optimizers
 
 import pytest
 import torch
-from conftest import ROOT, make_corpus, randomize
-
-TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "max_steps": 6,
-        "warmup_steps": 2, "eval_tokens": 64, "eval_every": 2, "checkpoint_every": 2,
-        "log_every": 1, "dropout": 0.1, "device": "cpu",
-        "lr_schedule": "constant"}  # such a run may resume with more steps
-
-
-def arguments(corpus, folder, **more):
-    values = TINY | {"dataset": corpus, "out_dir": folder} | more
-    return [f"--{name}={value}" for name, value in values.items()]
-
-
-def read_log(out_dir):
-    """Headers, and the other lines without what depends on the clock."""
-    lines = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
-    clock = {"seconds", "tokens_per_s"}
-    return ([line for line in lines if "config" in line],
-            [{k: v for k, v in line.items() if k not in clock} for line in lines
-             if "config" not in line])
+from conftest import arguments, load, randomize, read_log
 
 
 def assert_same_run(a, b):
@@ -58,16 +36,6 @@ def assert_same_run(a, b):
 
 
 @pytest.fixture
-def fit(call, corpus):
-    """fit(folder, **options) trains with TINY and these options; returns stdout. See `call`."""
-
-    def fit(folder, error="", code=0, **options):
-        return call(train.main, *arguments(corpus, folder, **options), error=error, code=code)[0]
-
-    return fit
-
-
-@pytest.fixture
 def whole(fit, tmp_path):
     """A run that nothing interrupted."""
     fit(tmp_path / "whole")
@@ -77,24 +45,20 @@ def whole(fit, tmp_path):
 # --- exact resume
 
 
-@pytest.mark.parametrize("number, optimizer", [
-    (signal.SIGINT, "adamw"), (signal.SIGTERM, "adamw"), (signal.SIGTERM, "muon")])
-def test_a_run_stopped_by_signals_ends_like_one_that_was_not(
-        fit, tmp_path, monkeypatch, number, optimizer):
+@pytest.mark.parametrize("number, optimizer", [(signal.SIGINT, "adamw"), (signal.SIGTERM, "muon")])
+def test_a_run_stopped_by_signals_resumes_exactly(fit, tmp_path, monkeypatch, number, optimizer):
     more = {"optimizer": optimizer, "max_steps": 5, "lr_schedule": "cosine"}
     fit(tmp_path / "a", **more)
-    stops = [1, 3]  # in the first step of the first call, and in the third of the second
+    stops, learning_rate = [0, 3], train.learning_rate  # steps: in the first and the second call
 
-    def clip(*args, clip_grad_norm_=torch.nn.utils.clip_grad_norm_):
-        steps.append(1)
-        if stops and len(steps) == stops[0]:
-            stops.pop(0)
+    def interrupted(step, config):
+        if step in stops:
+            stops.remove(step)
             os.kill(os.getpid(), number)
-        return clip_grad_norm_(*args)
+        return learning_rate(step, config)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    monkeypatch.setattr(train, "learning_rate", interrupted)
     for expected in (128 + number, 128 + number, 0):
-        steps = []
         out = fit(tmp_path / "b", **more, code=expected)
         assert ("rerun the same command to resume" in out) == bool(expected)
     assert_same_run(tmp_path / "a", tmp_path / "b")
@@ -119,35 +83,19 @@ def run_until_killed(argv, n):
     run(train.main)
 
 
-def train_with_kills(argv, kills) -> int:
-    """Kills the run at each of the file operations, then lets it end; returns the kills."""
-    killed = 0
-    for n in [*kills, 10**9]:
-        context = multiprocessing.get_context("fork")
+def test_a_run_killed_at_every_file_operation_ends_like_one_that_was_not(corpus, tmp_path, whole):
+    context = multiprocessing.get_context("fork")
+    for n in range(1, 100):
+        argv = arguments(corpus, tmp_path / "b")
         process = context.Process(target=run_until_killed, args=(argv, n))
         process.start()
         process.join()
-        killed += process.exitcode == -signal.SIGKILL
-        assert process.exitcode in (0, -signal.SIGKILL)
         if process.exitcode == 0:
             break
-    return killed
-
-
-def test_a_run_killed_at_every_file_operation_of_a_save_ends_like_one_that_was_not(
-        corpus, tmp_path, whole):
-    assert train_with_kills(arguments(corpus, tmp_path / "b"), range(1, 26)) > 12
+        assert process.exitcode == -signal.SIGKILL
+    assert n > 13
     assert_same_run(whole, tmp_path / "b")
     assert not list((tmp_path / "b").glob(".*"))  # no temporary file is left
-
-
-@pytest.mark.slow
-def test_a_run_killed_50_times_ends_like_one_that_was_not(fit, corpus, tmp_path):
-    more = {"max_steps": 200, "optimizer": "muon"}
-    fit(tmp_path / "a", **more)
-    kills = [14 + i % 7 for i in range(50)]
-    assert train_with_kills(arguments(corpus, tmp_path / "b", **more), kills) == 50
-    assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 def test_a_complete_run_says_so_and_a_constant_rate_may_train_longer(fit, whole, monkeypatch):
@@ -172,17 +120,15 @@ def test_files_of_another_run_are_moved_aside(fit, whole):
     assert (whole / ".notes.tmp").read_text() == "mine"
 
 
-@pytest.mark.parametrize("foreign", ["damaged", "another run's", "missing"])
-def test_a_best_pt_that_is_not_this_runs_is_not_adopted(fit, tmp_path, whole, foreign):
-    if foreign == "damaged":
-        (whole / "best.pt").write_bytes(b"x" * 1000)
-    elif foreign == "another run's":
-        fit(tmp_path / "b", seed=2)
-        shutil.copy(tmp_path / "b" / "best.pt", whole)
-    else:
-        (whole / "best.pt").unlink()
+@pytest.mark.parametrize("foreign", [True, False])
+def test_a_foreign_or_missing_best_pt_is_replaced(fit, tmp_path, whole, foreign, monkeypatch):
+    (whole / "best.pt").unlink()
+    if foreign:
+        fit(tmp_path / "other", seed=2)
+        shutil.copy(tmp_path / "other/best.pt", whole / "best.pt")
+    monkeypatch.setattr(train, "evaluate", lambda *args: {"val_loss": 9.0})  # no lower loss
     fit(whole, max_steps=8)
-    assert (whole / "old-1" / "best.pt").exists() == (foreign != "missing")
+    assert (whole / "old-1/best.pt").exists() == foreign
     best = load_checkpoint(whole / "best.pt")
     assert best["run"]["step"] == 8 and best["config"]["seed"] == 1
 
@@ -197,55 +143,49 @@ def test_best_pt_is_the_best_trained_model(fit, tmp_path, monkeypatch):
 
 def test_a_damaged_log_is_kept_under_another_name(fit, whole):
     log = whole / "log.jsonl"
-    lines = log.read_bytes().splitlines(keepends=True)
-    log.write_bytes(b"".join(lines[:3]) + b"garbage \xff\n" + b"".join(lines[3:]) + b'{"step": ')
-    damaged = log.read_bytes()
+    damaged = b"garbage \xff\n" + log.read_bytes() + b'{"step": '
+    log.write_bytes(damaged)
     assert "moved log.jsonl" in fit(whole, max_steps=7)
-    assert (whole / "old-1" / "log.jsonl").read_bytes() == damaged
+    assert (whole / "old-1/log.jsonl").read_bytes() == damaged
     assert [line["step"] for line in read_log(whole)[1]] == list(range(8))
 
 
-def damaged_checkpoint(path, damage):
-    raw, checkpoint = bytearray(path.read_bytes()), torch.load(path, weights_only=True)
-    state = checkpoint["optimizer"]["state"]["blocks.0.attn.q.weight"]
-    edits = {"no dict": lambda: checkpoint.clear(),
-             "not finite": lambda: checkpoint["model"]["norm.weight"].fill_(math.nan),
-             "weight's shape": lambda: checkpoint["model"].update({"norm.weight": torch.ones(3)}),
-             "weight missing": lambda: checkpoint["model"].pop("norm.weight"),
-             "state's shape": lambda: state.update({"exp_avg": torch.ones(())}),
-             "state missing": lambda: checkpoint["optimizer"]["state"].pop("norm.weight"),
-             "no optimizer": lambda: checkpoint.pop("optimizer"),
-             "run's types": lambda: checkpoint["run"].update({"step": "x"}),
-             "no config": lambda: checkpoint.pop("config"),
-             "version 1": lambda: checkpoint.update({"format": 1})}
-    if damage in edits:
-        edits[damage]()
-        torch.save(checkpoint, path)
-    elif damage == "cut":
-        path.write_bytes(raw[: len(raw) // 2])
-    elif damage == "one bit":
-        with zipfile.ZipFile(path) as archive:  # in the middle of the largest tensor
-            info = max(archive.infolist(), key=lambda info: info.file_size)
-        raw[info.header_offset + 200 + info.file_size // 2] ^= 1
-        path.write_bytes(raw)
-    elif damage == "text":
-        path.write_text("not a checkpoint")
+def edit(path, change):
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+
+
+def flip_a_bit(path):
+    raw = bytearray(path.read_bytes())
+    weights = load_checkpoint(path)["model"]["embed.weight"].numpy().tobytes()
+    raw[raw.index(weights)] ^= 1
+    path.write_bytes(raw)
 
 
 @pytest.mark.parametrize("damage", [
-    "no dict", "not finite", "no config", "run's types", "version 1", "cut", "one bit", "text"])
+    flip_a_bit,
+    lambda path: os.truncate(path, path.stat().st_size // 2),
+    lambda path: edit(path, lambda c: c["model"]["norm.weight"].fill_(math.nan)),
+    lambda path: edit(path, lambda c: c["run"].update(step="x")),
+    lambda path: edit(path, lambda c: c.pop("config")),
+    lambda path: edit(path, lambda c: c.update(format=1)),
+    lambda path: edit(path, lambda c: c.update(code=path))])  # weights_only=False would load it
 def test_a_damaged_checkpoint_is_one_line_and_stays_as_it_is(fit, whole, damage):
     path = whole / "ckpt.pt"
-    damaged_checkpoint(path, damage)
+    damage(path)
     raw = path.read_bytes()
     fit(whole, error=f"{path} is damaged, or no checkpoint of")
     assert path.read_bytes() == raw
 
 
-@pytest.mark.parametrize("damage", ["weight's shape", "weight missing", "state's shape",
-                                    "state missing", "no optimizer"])
-def test_states_that_do_not_fit_the_model_are_refused(fit, whole, damage):
-    damaged_checkpoint(whole / "ckpt.pt", damage)  # torch would crash on the shape of a state
+@pytest.mark.parametrize("change", [
+    lambda c: c["model"].update({"norm.weight": torch.ones(3)}),
+    lambda c: c["optimizer"]["state"]["norm.weight"].update(exp_avg=torch.ones(())),
+    lambda c: c["optimizer"]["state"].pop("norm.weight"),
+    lambda c: c.pop("optimizer")])
+def test_states_that_do_not_fit_the_model_are_refused(fit, whole, change):
+    edit(whole / "ckpt.pt", change)  # torch's fused AdamW would crash on another shape
     fit(whole, max_steps=8, error="does not fit the model")
 
 
@@ -262,12 +202,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(fit, tmp_path, whole, monkeypatc
     assert {path.name: path.read_bytes() for path in (tmp_path / "b" / "old-1").iterdir()} == before
 
 
-def test_values_that_are_not_finite_stop_the_run_and_leave_the_checkpoints(
-        fit, tmp_path, whole, monkeypatch):
-    fit(tmp_path / "a", learning_rate=1e9, max_steps=50, grad_clip=0, min_lr=0,
+def test_values_that_are_not_finite_stop_the_run(fit, tmp_path, whole, monkeypatch):
+    fit(tmp_path / "a", learning_rate=1e9, max_steps=50, grad_clip=0,
         error="the checkpoints were not changed")
-    before = (whole / "ckpt.pt").read_bytes()
-    step = torch.optim.AdamW.step
+    before, step = (whole / "ckpt.pt").read_bytes(), torch.optim.AdamW.step
 
     def overflow(optimizer, closure=None):  # a finite gradient, and a weight that is not
         step(optimizer)
@@ -290,31 +228,26 @@ def test_a_second_run_in_the_same_folder_is_refused(fit, tmp_path):
 # --- starting from other weights
 
 
-def test_a_run_can_start_from_the_weights_of_another(fit, whole):
-    before = load_checkpoint(whole / "best.pt")["model"]
-    fit(whole, init_from=whole / "best.pt", resume="no", learning_rate=0, min_lr=0,
-        block_size=8)  # in the same folder, whose files are moved aside
-    torch.testing.assert_close(load_checkpoint(whole / "ckpt.pt")["model"], before, rtol=0, atol=0)
-
-
 def test_the_shift_can_be_added_to_a_trained_vanilla_model(fit, tmp_path):
-    fit(tmp_path / "a", kv_shift="none")
-    for i, place in enumerate(({"kv_shift": "kv"}, {"kv_shift": "none", "shift_at": "block"})):
-        fit(tmp_path / f"b{i}", init_from=tmp_path / "a/ckpt.pt", shift_init="identity", **place)
-        lines = read_log(tmp_path / f"b{i}")[1]
-        assert lines[0]["val_loss"] == read_log(tmp_path / "a")[1][-1]["val_loss"]
-        shift = [p for n, p in load_model(load_checkpoint(tmp_path / f"b{i}/ckpt.pt"),
-                                          "cpu").named_parameters() if "shift." in n]
+    source = tmp_path / "vanilla/ckpt.pt"
+    fit(source.parent, kv_shift="none")
+    loss = read_log(source.parent)[1][-1]["val_loss"]
+    for place in ({"kv_shift": "kv"}, {"kv_shift": "none", "shift_at": "block"}):
+        fit(tmp_path / "a", init_from=source, shift_init="identity", **place, resume="no")
+        assert read_log(tmp_path / "a")[1][0]["val_loss"] == loss
+        model = load(tmp_path / "a/ckpt.pt")
+        shift = [p for name, p in model.named_parameters() if "shift." in name]
         assert shift and all(not torch.equal(p[1], torch.zeros_like(p[1])) for p in shift)
-    fit(tmp_path / "c", init_from=tmp_path / "a/ckpt.pt",
+    fit(source.parent, init_from=source, kv_shift="none", resume="no")  # moves source aside
+    assert read_log(source.parent)[1][0]["val_loss"] == loss
+    fit(tmp_path / "b", init_from=source,
         error="is of another model: kv_shift was 'none', is 'kv'")
 
 
 def test_a_fixed_shift_keeps_its_initial_weights_also_over_a_resume(fit, tmp_path):
-    more = {"shift_learned": False, "shift_init": "induction"}
     for n_steps in (3, 6):
-        fit(tmp_path / "a", **more, max_steps=n_steps)
-    shift = load_model(load_checkpoint(tmp_path / "a/ckpt.pt"), "cpu").blocks[1].attn.shift
+        fit(tmp_path / "a", shift_learned=False, shift_init="induction", max_steps=n_steps)
+    shift = load(tmp_path / "a/ckpt.pt").blocks[1].attn.shift
     assert shift["k"].weight[:, 0, 0].tolist() == [0, 1]
     assert shift["v"].weight[:, 0, 0].tolist() == [1, 0]
 
@@ -329,14 +262,6 @@ def test_weights_of_another_model_or_tokenizer_are_refused(fit, corpus, tmp_path
 
 
 # --- a step
-
-
-def test_training_learns(fit, tmp_path):
-    corpus = make_corpus(tmp_path / "large", n_train=50_000)
-    fit(tmp_path / "a", dataset=corpus, max_steps=120, learning_rate=1e-2, eval_every=120,
-        eval_tokens=512)
-    losses = [line["val_loss"] for line in read_log(tmp_path / "a")[1] if "val_loss" in line]
-    assert losses[0] > 5 and losses[-1] < 1.5
 
 
 def test_micro_batches_recomputation_compilation_and_bfloat16_change_rounding_only(fit, tmp_path):
@@ -365,8 +290,7 @@ def test_the_learning_rate_warms_up_and_decays():
 
 
 @pytest.mark.parametrize("optimizer, tied, place", [
-    ("adamw", True, "attention"), ("adamw", False, "embedding"), ("muon", True, "attention"),
-    ("muon", True, "block"), ("muon", True, "embedding")])
+    ("adamw", False, "embedding"), ("muon", True, "attention"), ("muon", True, "block")])
 def test_weight_decay_and_muon_leave_embeddings_norms_and_shifts_alone(optimizer, tied, place):
     config = TrainConfig(vocab_size=7, n_layer=2, n_head=2, n_embd=8, shift_at=place,
                          kv_shift="qkv" if place == "attention" else "none",
@@ -402,15 +326,6 @@ def test_muon_orthogonalizes_in_float32_on_a_cpu():
     torch.testing.assert_close(update, x, rtol=1e-4, atol=1e-4)
 
 
-def test_evaluation_sees_the_same_tokens_at_any_batch_size(corpus):
-    model = randomize(GPT(TrainConfig(**TINY | {"vocab_size": 256})))
-    sets = evaluation_sets(Corpus(corpus), 16, tokens=0, start=0, induction=True)
-    assert len(sets["val_loss"][0]) == 37  # (600 - 1) // 16
-    results = [evaluate(model, sets, n) for n in (1, 5, 64)]
-    for result in results[1:]:
-        assert result == pytest.approx(results[0], rel=1e-5)
-
-
 def test_induction_is_the_loss_on_the_repetition_of_random_tokens(corpus):
     sets = evaluation_sets(Corpus(corpus), 16, tokens=0, start=0, induction=True)
     inputs, first = sets["val_random"]
@@ -418,10 +333,7 @@ def test_induction_is_the_loss_on_the_repetition_of_random_tokens(corpus):
     assert torch.equal(inputs[:, :8], inputs[:, 8:]) and inputs.shape == (64, 16)
     assert torch.equal(first[:, :7], inputs[:, 1:8]) and (first[:, 7:] == -1).all()
     assert torch.equal(second[:, 8:15], inputs[:, 9:]) and (second[:, :8] == -1).all()
-    assert set(inputs.unique().tolist()) <= set(Corpus(corpus).windows("val", [0], 100)[0].tolist())
-
-
-# --- sampling
+    assert set(inputs.unique().tolist()) <= set(Corpus(corpus).windows("val", [0], 599)[0].tolist())
 
 
 def test_samples_are_streamed_batched_and_repeatable(call, whole):
@@ -438,53 +350,31 @@ def test_the_stop_token_and_what_follows_it_is_not_counted(call, whole, monkeypa
     monkeypatch.setattr(GPT, "stream", lambda *args: iter(tokens))
     out, err = call(sample.main, f"--out_dir={whole}", "--num_samples=2")
     assert out == "--- sample 1\nA\n--- sample 2\nBC\n" and err.startswith("3 tokens")
-    monkeypatch.setattr(GPT, "stream", lambda *args: iter(torch.tensor([[65], [0]])))
-    out, err = call(sample.main, f"--out_dir={whole}")
-    assert out == "A\n" and err.startswith("1 tokens")
 
 
-def test_characters_are_printed_whole(capsys):
-    ids = torch.tensor([[byte] for byte in "aé€😀".encode() + b"\xc3"])
-    assert sample.print_stream(iter(ids), [], Tokenizer({"kind": "bytes"}), None) == 11
+def test_characters_are_printed_whole_and_the_stop_token_is_not(capsys):
+    ids = torch.tensor([[byte] for byte in "aé€😀".encode() + b"\xc3\0"])
+    assert sample.print_stream(iter(ids), [], Tokenizer({"kind": "bytes"}), 0) == 11
     assert capsys.readouterr().out == "aé€😀\ufffd\n"
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--top_p=0"], "top_p=0.0"), (["--prompt=a", "--prompt_file=b"], "exclude each other"),
-    (["--checkpoint=nothing.pt"], "No such file"), (["--num_samples=0"], "num_samples=0"),
-    (["--prompt_file=nothing"], "No such file or directory: nothing")])
-def test_a_mistake_in_sampling_is_one_line(call, whole, options, message):
-    call(sample.main, f"--out_dir={whole}", *options, error=message)
-
-
-# --- mistakes and program errors
+def test_a_mistake_in_sampling_is_one_line(call, whole):
+    run = f"--out_dir={whole}"
+    call(sample.main, run, "--top_p=0", error="top_p=0.0")
+    call(sample.main, run, "--num_samples=0", error="num_samples=0")
+    call(sample.main, run, "--prompt=a", "--prompt_file=b", error="exclude each other")
+    call(sample.main, run, "--prompt_file=none", error="No such file or directory: none")
 
 
 @pytest.mark.parametrize("options, message", [
     ({"dataset": "nothing"}, "no corpus in"), ({"block_size": 700}, "not more than 700"),
-    ({"batch_size": 4, "micro_batch_size": 3}, "multiple of micro_batch_size=3"),
-    ({"vocab_size": 7}, "below the corpus's 256"), ({"device": "cuda:7"}, "device=cuda:7"),
-    ({"device": "warp"}, "device=warp is not available"), ({"resume": "yes"}, "resume=yes"),
+    ({"micro_batch_size": 3}, "multiple of micro_batch_size=3"), ({"resume": "yes"}, "resume=yes"),
+    ({"vocab_size": 7}, "below the corpus's 256"), ({"learning_rate": "nan"}, "learning_rate=nan"),
     ({"fsdp": True}, "torchrun"), ({"fsdp": True, "optimizer": "muon"}, "whole matrices"),
-    ({"learning_rate": "nan"}, "learning_rate=nan"), ({"max_steps": 0}, "max_steps=0"),
-    ({"wandb_project": "x"}, "pip install wandb"), ({"out_dir": "/proc/x"}, "/proc/x")])
+    ({"max_steps": 0}, "max_steps=0"), ({"wandb_project": "x"}, "pip install wandb"),
+    ({"out_dir": "/proc/x"}, "/proc/x")])
 def test_a_mistake_in_training_is_one_line(fit, tmp_path, options, message):
     fit(tmp_path / "a", **options, error=message)
-
-
-def test_program_errors_keep_their_traceback(fit, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "learning_rate", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        fit(tmp_path / "a")
-
-
-def test_commands_work_from_another_folder_and_a_reader_may_leave(corpus, tmp_path):
-    command = [sys.executable, ROOT / "train.py", *arguments(corpus, tmp_path / "a", max_steps=2)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "done: best val loss" in done.stdout, done.stderr
-    command = f"{sys.executable} {ROOT / 'sample.py'} --out_dir=a --max_new_tokens=400 | head -c 1"
-    done = subprocess.run(command, cwd=tmp_path, shell=True, capture_output=True, text=True)
-    assert "Traceback" not in done.stderr
 
 
 def test_auto_is_bfloat16_on_cpus_where_a_model_gains_from_it(monkeypatch):
