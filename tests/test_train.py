@@ -311,7 +311,7 @@ def test_weight_decay_and_muon_leave_embeddings_norms_and_shifts_alone(optimizer
         assert sum(name.endswith((".q.weight", ".k.weight", ".v.weight")) for name in matrices) == 6
 
 
-def test_muon_orthogonalizes_in_float32_on_a_cpu():
+def test_muon_orthogonalizes_in_float32_unless_dtype_is_bfloat16():
     config = TrainConfig(vocab_size=7, n_layer=1, n_head=2, n_embd=8, optimizer="muon",
                          learning_rate=0.5, weight_decay=0.0)
     model = randomize(GPT(config))
@@ -324,6 +324,7 @@ def test_muon_orthogonalizes_in_float32_on_a_cpu():
     make_optimizers(model, config)[1].step()
     update = (before - p.detach()) / (0.5 * 0.2 * 32**0.5)  # scaled to the RMS of AdamW's
     torch.testing.assert_close(update, x, rtol=1e-4, atol=1e-4)
+    assert type(make_optimizers(model, config, torch.bfloat16)[1]) is torch.optim.Muon
 
 
 def test_induction_is_the_loss_on_the_repetition_of_random_tokens(corpus):
