@@ -92,9 +92,10 @@ def load_checkpoint(path) -> dict:
     return checkpoint | {"path": str(path)}
 
 
-def choose_device(device: str, dtype: str, n_embd: int = 0) -> tuple[torch.device, torch.dtype]:
+def choose_device(device: str, dtype: str, n_embd: int = 0,
+                  training=False) -> tuple[torch.device, torch.dtype]:
     """The device and dtype with these names. "auto": the best device; bfloat16 on CUDA, and on CPUs
-    with instructions for it for models that are wide enough to gain."""
+    with instructions for it if the model is wide enough to gain (with AMX at 128: not measured)."""
     if device == "auto":
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
@@ -104,8 +105,9 @@ def choose_device(device: str, dtype: str, n_embd: int = 0) -> tuple[torch.devic
         raise UserError(f"device={device} is not available: {str(error).splitlines()[0]}") from None
     if dtype == "auto":
         cpu = torch.cpu.get_capabilities()
+        width = 128 if training and not cpu.get("amx_bf16") else 256
         gains = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
-                 else cpu.get("avx512_bf16") and n_embd >= (256 if cpu.get("amx_bf16") else 128))
+                 else cpu.get("avx512_bf16") and n_embd >= width)
         dtype = "bfloat16" if gains else "float32"
     return device, getattr(torch, dtype)
 

@@ -135,7 +135,7 @@ def train(config: TrainConfig) -> int:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if distributed and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    device, dtype = choose_device(config.device, config.dtype, config.n_embd)
+    device, dtype = choose_device(config.device, config.dtype, config.n_embd, training=True)
     if config.fsdp and not distributed:
         raise UserError("fsdp=True needs several processes: torchrun --nproc_per_node=N train.py")
     micro_batch_size = config.micro_batch_size or max(1, config.batch_size // world_size)

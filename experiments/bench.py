@@ -103,7 +103,7 @@ def load_nanogpt(folder: str):
 
 def training(config, compiled: bool) -> dict:
     """Tokens/s of training steps; on a known GPU also the MFU."""
-    device, dtype = choose_device(config.device, config.dtype, config.n_embd)
+    device, dtype = choose_device(config.device, config.dtype, config.n_embd, training=True)
     models = make_models(config, device)
     speeds = time_steps(models, config, device, dtype, compiled)
     name = (f"{'compiled' if compiled else 'eager'}, {str(dtype)[6:]}, {config.n_layer} layers, "

@@ -379,10 +379,11 @@ def test_a_mistake_in_training_is_one_line(fit, tmp_path, options, message):
 
 
 def test_auto_is_bfloat16_on_cpus_where_a_model_gains_from_it(monkeypatch):
-    for names, n_embd, expected in (
-            (["avx512_bf16"], 128, "bfloat16"), (["avx512_bf16"], 127, "float32"),
-            (["avx512_bf16", "amx_bf16"], 255, "float32"), ([], 256, "float32")):
+    for names, n_embd, training, expected in (
+            (["avx512_bf16"], 128, True, "bfloat16"), (["avx512_bf16"], 127, True, "float32"),
+            (["avx512_bf16"], 255, False, "float32"), (["avx512_bf16"], 256, False, "bfloat16"),
+            (["avx512_bf16", "amx_bf16"], 255, True, "float32"), ([], 256, True, "float32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda n=names: dict.fromkeys(n, True))
-        assert choose_device("cpu", "auto", n_embd)[1] == getattr(torch, expected)
+        assert choose_device("cpu", "auto", n_embd, training)[1] == getattr(torch, expected)
     with pytest.raises(UserError, match="not available"):
         choose_device("cuda:99", "auto")
