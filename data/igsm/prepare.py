@@ -239,15 +239,12 @@ def grade(problem: str, solution: str) -> tuple[bool, bool]:
         if name in stated:
             return evaluate(stated[name])
         owner, category = name.split()  # derived: through the items inside the owner
-        return sum(value(f"{owner} {b}") * (1 if CATEGORY[b] == category else
-                                            value(f"{b} {category}"))
-                   for b in inside(owner) if CATEGORY[b] == category or holds(b, category)) % 23
-
-    def inside(owner):
-        return [name.split()[1] for name in stated if name.split()[0] == owner]
-
-    def holds(owner, category):
-        return any(CATEGORY[b] == category or holds(b, category) for b in inside(owner))
+        total = 0
+        for b in [other.split()[1] for other in stated if other.split()[0] == owner]:
+            n = 1 if CATEGORY[b] == category else value(f"{b} {category}")
+            if n:  # else the number of b is not needed, and may depend on this one
+                total += n * value(f"{owner} {b}")
+        return total % 23
 
     def evaluate(words):
         if match := re.fullmatch(r"(\d+) (more than|less than|times) (.*)", words):
