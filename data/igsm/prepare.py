@@ -118,9 +118,9 @@ def draw_full(rng, max_op: int):
     first = rng.randint(0, 4 - n_layers)
     categories = list(CHAIN)[first : first + n_layers]
     layers = [rng.sample(CHAIN[category], rng.randint(2, 4)) for category in categories]
-    edges = [(rng.choice(above), item) for above, below in zip(layers, layers[1:], strict=False)
+    edges = [(rng.choice(above), item) for above, below in itertools.pairwise(layers)
              for item in below]
-    others = [(a, b) for above, below in zip(layers, layers[1:], strict=False)
+    others = [(a, b) for above, below in itertools.pairwise(layers)
               for a in above for b in below if (a, b) not in edges]
     edges += rng.sample(others, rng.randint(0, len(others) // 2))
     derived = derived_formulas(edges)
