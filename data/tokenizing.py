@@ -131,11 +131,11 @@ def write_corpus(folder: Path, spec: dict, options: dict, jobs: list[Job], worke
         meta = start_or_resume(folder, spec, options, jobs)
         shards = {split: [shard_path(folder, split, i) for i in range(len(jobs))]
                   for split in ("train", "val")}
-        missing = [i for i in range(len(jobs))
-                   if not all(paths[i].exists() for paths in shards.values())]
+        missing = {i: job for i, job in enumerate(jobs)
+                   if not all(paths[i].exists() for paths in shards.values())}
         print(f"{folder}: {len(jobs) - len(missing)} of {len(jobs)} parts are done", flush=True)
-        done, total = 0, sum(jobs[i].size for i in missing)
-        for i in run_jobs(folder, meta["tokenizer"], jobs, missing, workers or os.cpu_count()):
+        done, total = 0, sum(job.size for job in missing.values())
+        for i in run_jobs(folder, meta["tokenizer"], missing, workers or os.cpu_count()):
             done += jobs[i].size
             print(f"part {i} is done: {done / max(1, total):.0%} of the input", flush=True)
         if "tokens" not in meta:
@@ -169,15 +169,15 @@ def start_or_resume(folder: Path, spec: dict, options: dict, jobs: list[Job]) ->
     return meta
 
 
-def run_jobs(folder: Path, spec: dict, jobs: list[Job], numbers: list[int], workers: int):
-    """Runs the jobs of these numbers; yields each number when its shards are written."""
-    write, jobs = partial(write_shards, folder, spec), [jobs[i] for i in numbers]
+def run_jobs(folder: Path, spec: dict, jobs: dict[int, Job], workers: int):
+    """Runs the jobs, by number; yields each number when its shards are written."""
+    write = partial(write_shards, folder, spec)
     if min(workers, len(jobs)) < 2:
-        yield from map(write, numbers, jobs)
+        yield from map(write, jobs, jobs.values())
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
     try:
-        yield from pool.map(write, numbers, jobs)
+        yield from pool.map(write, jobs, jobs.values())
     finally:
         for process in multiprocessing.active_children():
             process.terminate()
