@@ -225,7 +225,7 @@ class Attention(nn.Module):
             k, v = cache.append(self, k, v)
             if 1 < T < k.size(2):
                 mask = x.new_ones(T, k.size(2), dtype=torch.bool).tril(cache.length)
-        with torch.autocast("cpu", enabled=False):  # its backward pass is slow in bfloat16
+        with torch.autocast("cpu", enabled=False):  # bfloat16 attention trains slowly there
             y = F.scaled_dot_product_attention(
                 q, k, v.to(q.dtype), attn_mask=mask, is_causal=mask is None and T > 1,
                 dropout_p=self.dropout if self.training else 0.0,
