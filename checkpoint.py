@@ -95,7 +95,7 @@ def load_checkpoint(path) -> dict:
 def choose_device(device: str, dtype: str, n_embd: int = 0,
                   training=False) -> tuple[torch.device, torch.dtype]:
     """The device and dtype with these names. "auto": the best device; bfloat16 on CUDA, and on CPUs
-    with instructions for it if the model is wide enough to gain (with AMX at 128: not measured)."""
+    with instructions for it if the model is wide enough to gain (128 with AMX: not measured)."""
     if device == "auto":
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:

@@ -1,9 +1,9 @@
-"""experiments/: bench.py, race.py, estimate.py with the presets, and compare.py."""
+"""experiments/: bench.py, estimate.py with the presets, and compare.py."""
 
 import json
 
 from config import parse, read_preset
-from experiments import bench, compare, estimate, race
+from experiments import bench, compare, estimate
 from experiments.hop import HopConfig
 from induction_toy import ToyConfig
 from model import GPT, GPTConfig
@@ -49,10 +49,6 @@ def test_the_benchmark_measures_both_sizes_beside_nanogpt(call, tmp_path, monkey
         # how much more time a model with KV shift takes in the same round
         assert float(row[4]) == pytest.approx(np.median(np.divide(none, kv)), abs=6e-4)
         assert float(row[5]) == pytest.approx(np.median(np.divide(nanogpt, kv)), abs=6e-4)
-
-
-def test_a_race_needs_nanogpt_with_its_data(call, tmp_path):
-    call(race.main, f"--nanogpt={tmp_path}", error="must be a clone of nanoGPT with its data")
 
 
 def test_flops_are_those_that_torch_counts():

@@ -128,6 +128,13 @@ def test_results_do_not_depend_on_the_number_of_workers(tmp_path, call, monkeypa
     assert one == several and len(one) == 4 * 2 * 3
 
 
+def test_a_model_that_stays_at_100_percent_stops_early():
+    config = toy.with_defaults(toy.ToyConfig(), "ngram")
+    model = GPT(toy.make_models(config)["2 layers, width 64, KV shift"])
+    evals = list(toy.train(config, model, lambda *args: toy.ngram_batch(config, *args), seed=1))
+    assert [e["accuracy"] for e in evals[-3:]] == [1, 1, 1] and evals[-1]["step"] < 150
+
+
 @pytest.mark.parametrize(("main", "name", "options"), [
     (heads.main, "heads", [*TINY, "--n_head=1"]),
     (landscape.main, "landscape", []),
