@@ -149,4 +149,3 @@ def test_mistakes_are_one_line_and_exit_code_2(call):
     call(toy.main, "--experiment=dept", error="experiment=dept must be one of depth, width, ngram")
     call(toy.main, "--width=10", error="no multiple of 2 n_head=8")
     call(toy.main, "--max_prefix=40", error="max_prefix <= vocab_size")
-    call(toy.main, "--learning_rate=nan", error="learning_rate=nan must be positive")
